@@ -1,0 +1,87 @@
+//! AVX-512: 16 lanes in one 512-bit register.
+//!
+//! Of 32 registers the 12 × 32 tile takes 24 for accumulators and 2 for the right-hand side; the left-hand side is
+//! broadcast by the FMA's own memory operand.
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use crate::lanes::{F16_MAX, Lanes};
+
+#[derive(Clone, Copy)]
+pub(crate) struct Lanes16(__m512);
+
+impl Lanes for Lanes16 {
+    const TILE_ROWS: usize = 12;
+    const TILE_GROUPS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        // SAFETY: the caller promises the instruction set.
+        Lanes16(unsafe { _mm512_set1_ps(x) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the caller promises the instruction set and 16 readable f32.
+        Lanes16(unsafe { _mm512_loadu_ps(p) })
+    }
+    #[inline(always)]
+    unsafe fn widen(p: *const f16) -> Self {
+        // SAFETY: the caller promises the instruction set and 16 readable FP16.
+        Lanes16(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the value proves the instruction set; the caller promises room for 16 f32.
+        unsafe { _mm512_storeu_ps(p, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn narrow(self, p: *mut f16) {
+        // SAFETY: the value proves the instruction set; the caller promises room for 16 FP16.
+        unsafe {
+            let v = self.min(Self::splat(F16_MAX)).max(Self::splat(-F16_MAX));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0));
+        }
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        // SAFETY: a `Lanes16` exists only where AVX-512 does (see `Lanes`); so in all methods below.
+        Lanes16(unsafe { _mm512_add_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn sub(self, b: Self) -> Self {
+        // SAFETY: as in `add`.
+        Lanes16(unsafe { _mm512_sub_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        // SAFETY: as in `add`.
+        Lanes16(unsafe { _mm512_mul_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn div(self, b: Self) -> Self {
+        // SAFETY: as in `add`.
+        Lanes16(unsafe { _mm512_div_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn fma(self, b: Self, c: Self) -> Self {
+        // SAFETY: as in `add`.
+        Lanes16(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        // SAFETY: as in `add`.
+        Lanes16(unsafe { _mm512_max_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn min(self, b: Self) -> Self {
+        // SAFETY: as in `add`.
+        Lanes16(unsafe { _mm512_min_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn shift_to_exponent(self) -> Self {
+        // SAFETY: as in `add`.
+        Lanes16(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0))) })
+    }
+}

@@ -1,0 +1,103 @@
+//! The instruction set that an operation runs on, and the one place where generic code meets it.
+
+/// An instruction set that this machine has.
+///
+/// A value is proof of detection: it comes only from [`Isa::detect`], [`Isa::supported`] and
+/// [`Isa::PORTABLE`], so an operation that is handed one may run the instructions it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isa(pub(crate) Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Isa {
+    /// Plain Rust, the reference that every other path equals bit for bit.
+    pub const PORTABLE: Isa = Isa(Kind::Portable);
+
+    /// The fastest instruction set of this machine.
+    pub fn detect() -> Isa {
+        Isa::supported().last().unwrap_or(Isa::PORTABLE)
+    }
+
+    /// Every instruction set that this machine has, slowest first.
+    pub fn supported() -> impl Iterator<Item = Isa> {
+        const ALL: &[Kind] = &[
+            Kind::Portable,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512,
+        ];
+        ALL.iter().copied().filter(|kind| kind.is_detected()).map(Isa)
+    }
+
+    /// The supported instruction set of that [`name`](Isa::name).
+    pub fn by_name(name: &str) -> Option<Isa> {
+        Isa::supported().find(|isa| isa.name() == name)
+    }
+
+    /// `portable`, `avx2` or `avx512`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "avx512",
+        }
+    }
+}
+
+impl Kind {
+    fn is_detected(self) -> bool {
+        match self {
+            Kind::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => is_x86_feature_detected!("avx512f") && Kind::Avx2.is_detected(),
+        }
+    }
+}
+
+/// Calls `$function::<L>($arg, ...)`, an `#[inline(always)] unsafe fn` generic over [`crate::lanes::Lanes`], with
+/// the vector type of `$isa`, from a function that is compiled for that instruction set.
+macro_rules! dispatch {
+    ($isa:expr, $function:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
+        match $isa.0 {
+            // SAFETY: plain Rust runs everywhere; the function's own demands are met by the caller of `dispatch!`.
+            $crate::isa::Kind::Portable => unsafe { $function::<$crate::portable::Lanes16>($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Kind::Avx2 => {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                unsafe fn on_avx2($($arg: $ty),*) $(-> $ret)? {
+                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
+                    unsafe { $function::<$crate::avx2::Lanes16>($($arg),*) }
+                }
+                // SAFETY: an `Isa` proves that its features were detected.
+                unsafe { on_avx2($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Kind::Avx512 => {
+                #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+                unsafe fn on_avx512($($arg: $ty),*) $(-> $ret)? {
+                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
+                    unsafe { $function::<$crate::avx512::Lanes16>($($arg),*) }
+                }
+                // SAFETY: an `Isa` proves that its features were detected.
+                unsafe { on_avx512($($arg),*) }
+            }
+        }
+    };
+}
+pub(crate) use dispatch;

@@ -1,0 +1,29 @@
+//! Kernels of `mruntime`: products with FP16 panels, and the row operations of a Qwen2 layer.
+//!
+//! Every operation is written once, over [`lanes::Lanes`], a vector of 16 f32 lanes that each instruction set
+//! implements in its own file (`portable`, `avx2`, `avx512`, `neon`). All paths give the same bits:
+//!
+//! * a product is one chain of fused multiply-adds per output, in ascending k, starting from the bias;
+//! * a reduction runs in 16 lanes that are summed by one fixed tree;
+//! * `exp` and SiLU are one sequence of IEEE operations ([`rows`]).
+//!
+//! Nothing here allocates, starts threads or does I/O. An [`Isa`] is chosen once and passed to each operation.
+
+mod isa;
+mod lanes;
+mod panel;
+mod product;
+mod rows;
+mod window;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+pub use isa::Isa;
+pub use panel::{LANES, PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
+pub use product::{Epilogue, Lhs, Rhs, panel_product, product_scratch_len};
+pub use rows::{add, rms_norm, rope, scale, softmax};
+pub use window::Window;

@@ -1,0 +1,429 @@
+//! The matrix product with panels on the right-hand side: GEMV, small batches and GEMM, one code.
+//!
+//! Each output is one chain `y = fma(x[k], w[k], y)` in ascending k that starts from the bias. However the work is
+//! cut (into tiles of rows, blocks of k, columns for threads), no chain is reordered; a partial sum that waits
+//! in memory is an f32 like the register it came from. So every cut gives the same bits.
+
+use half::f16;
+
+use crate::isa::{Isa, dispatch};
+use crate::lanes::Lanes;
+use crate::panel::{LANES, PANEL, panel_count, panel_len};
+use crate::rows::swiglu;
+use crate::window::Window;
+
+/// Rows of k that are widened to f32 at a time: half a panel's block, 16 KiB, stays in the L1 cache while all
+/// rows of the left-hand side pass over it.
+const K_BLOCK: usize = 256;
+
+/// Rows of k after which a small batch changes to the other half of the panel: 4 KiB of FP16, so that the second
+/// half finds the block in the L1 cache.
+const DIRECT_BLOCK: usize = 64;
+
+/// The left-hand side of a product: `rows` rows of `k` activations, `stride` elements apart.
+#[derive(Clone, Copy)]
+pub struct Lhs<'a> {
+    /// The matrix, row-major, from its first row on.
+    pub x: &'a [f32],
+    /// Rows (tokens, or heads of tokens in attention).
+    pub rows: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Elements of a row that take part.
+    pub k: usize,
+}
+
+/// The right-hand side of a product: panels, `stride` FP16 elements apart, of at least `k` inputs each.
+///
+/// A weight matrix has `stride = panel_len(k)`. A V panel of the KV cache has room for more positions than are in
+/// use, so its stride is longer.
+#[derive(Clone, Copy)]
+pub struct Rhs<'a> {
+    /// The panels, from the first one on.
+    pub panels: &'a [f16],
+    /// Elements from one panel to the next.
+    pub stride: usize,
+}
+
+impl<'a> Rhs<'a> {
+    /// The panels of a weight matrix of `k` inputs.
+    pub fn weights(panels: &'a [f16], k: usize) -> Self {
+        Rhs { panels, stride: panel_len(k) }
+    }
+
+    /// The same, from panel `first` on.
+    ///
+    /// # Panics
+    /// If there are fewer panels.
+    pub fn from_panel(self, first: usize) -> Self {
+        Rhs { panels: &self.panels[first * self.stride..], ..self }
+    }
+}
+
+/// What happens to the sums of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `y = sum`
+    Store,
+    /// `y += sum`: the residual connection.
+    Add,
+    /// `y = silu(gate) * up`, where the panels alternate between gate and up; `y` has half as many columns as the
+    /// panels.
+    SwiGlu,
+}
+
+/// Elements of scratch that [`panel_product`] needs for that many rows.
+pub const fn product_scratch_len(rows: usize) -> usize {
+    K_BLOCK * PANEL + 2 * rows * PANEL
+}
+
+/// `y[r][n] = epilogue(bias[n] + sum over k of x[r][k] w[k][n])` for all rows of `lhs` and all columns of `y`.
+///
+/// # Panics
+/// If `y` and `lhs` differ in rows, a slice is shorter than its sizes say, or `scratch` has fewer than
+/// [`product_scratch_len`]`(lhs.rows)` elements.
+pub fn panel_product(
+    isa: Isa,
+    lhs: Lhs<'_>,
+    rhs: Rhs<'_>,
+    epilogue: Epilogue,
+    y: &mut Window<'_>,
+    scratch: &mut [f32],
+) {
+    let panels = panel_count(y.columns()) * if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+    if lhs.rows == 0 || panels == 0 {
+        return;
+    }
+    assert_eq!(y.rows(), lhs.rows);
+    assert!((lhs.rows - 1) * lhs.stride + lhs.k <= lhs.x.len(), "left-hand side shorter than its sizes");
+    assert!((panels - 1) * rhs.stride + panel_len(lhs.k) <= rhs.panels.len(), "too few panels");
+    assert!(scratch.len() >= product_scratch_len(lhs.rows), "scratch too short");
+    dispatch!(isa, product(lhs: Lhs<'_>, rhs: Rhs<'_>, epilogue: Epilogue, y: &mut Window<'_>, scratch: &mut [f32]))
+}
+
+/// [`panel_product`], whose assertions are this function's safety contract.
+#[inline(always)]
+unsafe fn product<L: Lanes>(
+    lhs: Lhs<'_>,
+    rhs: Rhs<'_>,
+    epilogue: Epilogue,
+    y: &mut Window<'_>,
+    scratch: &mut [f32],
+) {
+    let (wide, sums) = scratch.split_at_mut(K_BLOCK * PANEL);
+    let (sums, up) = sums.split_at_mut(lhs.rows * PANEL);
+    for (j, start) in (0..y.columns()).step_by(PANEL).enumerate() {
+        let columns = PANEL.min(y.columns() - start);
+        // SAFETY: `panel_product` asserted that all panels are there, that `lhs` is as long as it says, and that
+        // `scratch` holds the block and two tiles of `rows * PANEL` sums.
+        unsafe {
+            if epilogue == Epilogue::SwiGlu {
+                panel_sums::<L>(lhs, &rhs.panels[2 * j * rhs.stride..], wide, sums);
+                panel_sums::<L>(lhs, &rhs.panels[(2 * j + 1) * rhs.stride..], wide, up);
+            } else {
+                panel_sums::<L>(lhs, &rhs.panels[j * rhs.stride..], wide, sums);
+            }
+            for r in 0..lhs.rows {
+                let row = &mut y.row(r)[start..start + columns];
+                finish::<L>(&mut sums[r * PANEL..][..PANEL], &up[r * PANEL..][..PANEL], epilogue, row);
+            }
+        }
+    }
+}
+
+/// Applies the epilogue to one row of 32 sums and writes as many as `y` holds. Works in `sums`.
+#[inline(always)]
+unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: &mut [f32]) {
+    match epilogue {
+        Epilogue::Store => y.copy_from_slice(&sums[..y.len()]),
+        Epilogue::Add => {
+            for (y, sum) in y.iter_mut().zip(sums) {
+                *y += *sum;
+            }
+        }
+        Epilogue::SwiGlu => {
+            let (gate, _) = sums.as_chunks_mut::<LANES>();
+            for (gate, up) in gate.iter_mut().zip(up.as_chunks::<LANES>().0) {
+                // SAFETY: both chunks hold 16 elements; the instruction set is `dispatch!`'s promise.
+                unsafe { swiglu(L::load(gate.as_ptr()), L::load(up.as_ptr())).store(gate.as_mut_ptr()) };
+            }
+            y.copy_from_slice(&sums[..y.len()]);
+        }
+    }
+}
+
+/// All sums of one panel: `sums[r][0..32]` for each row.
+///
+/// # Safety
+/// The machine has `L`'s instruction set; `panel` has the bias row and `lhs.k` rows; `lhs` is as long as it says;
+/// `wide` holds `K_BLOCK * PANEL` and `sums` `lhs.rows * PANEL` elements.
+#[inline(always)]
+unsafe fn panel_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
+    // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
+    // and so are columns start .. start + block of each row of `lhs`.
+    unsafe {
+        let bias = [L::widen(panel.as_ptr()), L::widen(panel.as_ptr().add(LANES))];
+        for row in sums.as_chunks_mut::<PANEL>().0 {
+            bias[0].store(row.as_mut_ptr());
+            bias[1].store(row.as_mut_ptr().add(LANES));
+        }
+        let panel = panel.as_ptr().add(PANEL);
+        let sums = sums.as_mut_ptr();
+        let x = lhs.x.as_ptr();
+        if lhs.rows * 2 <= L::TILE_ROWS * L::TILE_GROUPS {
+            // The tile has room for the whole width: one pass, straight from the FP16 panel.
+            tile_rows::<L, f16, 2>(lhs.rows, x, lhs.stride, lhs.k, panel, PANEL, sums);
+        } else if lhs.rows <= L::TILE_ROWS {
+            for start in (0..lhs.k).step_by(DIRECT_BLOCK) {
+                let block = DIRECT_BLOCK.min(lhs.k - start);
+                let (x, panel) = (x.add(start), panel.add(start * PANEL));
+                tile_rows::<L, f16, 1>(lhs.rows, x, lhs.stride, block, panel, PANEL, sums);
+                let (panel, sums) = (panel.add(LANES), sums.add(LANES));
+                tile_rows::<L, f16, 1>(lhs.rows, x, lhs.stride, block, panel, PANEL, sums);
+            }
+        } else {
+            for start in (0..lhs.k).step_by(K_BLOCK) {
+                let block = K_BLOCK.min(lhs.k - start);
+                widen_block::<L>(panel.add(start * PANEL), block, wide.as_mut_ptr());
+                let x = x.add(start);
+                if L::TILE_GROUPS == 2 {
+                    tiles::<L, 2>(lhs, x, block, wide.as_ptr(), sums);
+                } else {
+                    tiles::<L, 1>(lhs, x, block, wide.as_ptr(), sums);
+                    tiles::<L, 1>(lhs, x, block, wide.as_ptr().add(block * LANES), sums.add(LANES));
+                }
+            }
+        }
+    }
+}
+
+/// Widens `block` rows of a panel into the shape that the tiles read: rows of the tile's width, so with tiles of
+/// 16 columns first the left half of all rows, then the right half.
+///
+/// # Safety
+/// The machine has `L`'s instruction set; `panel` has `block` rows; `wide` has room for `block * PANEL` elements.
+#[inline(always)]
+unsafe fn widen_block<L: Lanes>(panel: *const f16, block: usize, wide: *mut f32) {
+    let (stride, half) = if L::TILE_GROUPS == 2 { (PANEL, LANES) } else { (LANES, block * LANES) };
+    for i in 0..block {
+        // SAFETY: the contract above; i < block.
+        unsafe {
+            L::widen(panel.add(i * PANEL)).store(wide.add(i * stride));
+            L::widen(panel.add(i * PANEL + LANES)).store(wide.add(i * stride + half));
+        }
+    }
+}
+
+/// All rows of `lhs` over one widened block, in tiles of nearly equal height.
+///
+/// # Safety
+/// As `tile`, for all rows of `lhs`.
+#[inline(always)]
+unsafe fn tiles<L: Lanes, const G: usize>(
+    lhs: Lhs<'_>,
+    x: *const f32,
+    k: usize,
+    b: *const f32,
+    sums: *mut f32,
+) {
+    let count = lhs.rows.div_ceil(L::TILE_ROWS);
+    for t in 0..count {
+        let (first, end) = (t * lhs.rows / count, (t + 1) * lhs.rows / count);
+        // SAFETY: first .. end are rows of `lhs`.
+        unsafe {
+            let (x, sums) = (x.add(first * lhs.stride), sums.add(first * PANEL));
+            tile_rows::<L, f32, G>(end - first, x, lhs.stride, k, b, LANES * G, sums);
+        }
+    }
+}
+
+/// An element type of the right-hand side.
+trait Element: Copy {
+    /// 16 elements as f32.
+    /// # Safety
+    /// As `Lanes::load`.
+    unsafe fn lanes<L: Lanes>(p: *const Self) -> L;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(p: *const f32) -> L {
+        // SAFETY: the same contract.
+        unsafe { L::load(p) }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(p: *const f16) -> L {
+        // SAFETY: the same contract.
+        unsafe { L::widen(p) }
+    }
+}
+
+/// [`tile`] with a height known only at run time, at most `L::TILE_ROWS`.
+///
+/// # Safety
+/// As `tile`, for that many rows.
+#[inline(always)]
+unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
+    rows: usize,
+    x: *const f32,
+    x_stride: usize,
+    k: usize,
+    b: *const E,
+    b_stride: usize,
+    sums: *mut f32,
+) {
+    macro_rules! heights {
+        ($($r:literal)+) => {
+            match rows {
+                // The guard lets the compiler drop the tiles that this instruction set never uses.
+                $($r if $r * G <= L::TILE_ROWS * L::TILE_GROUPS =>
+                    // SAFETY: the same contract.
+                    unsafe { tile::<L, E, $r, G>(x, x_stride, k, b, b_stride, sums) },)+
+                _ => unreachable!("a tile of {rows} rows"),
+            }
+        };
+    }
+    heights!(1 2 3 4 5 6 7 8 9 10 11 12)
+}
+
+/// The register tile: adds the products of `k` inputs to `R` rows of `16 * G` sums.
+///
+/// # Safety
+/// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements, `x_stride` apart; `b` has `k` rows of
+/// `16 * G` elements, `b_stride` apart; `sums` has `R` rows of `16 * G` elements, `PANEL` apart.
+#[inline(always)]
+unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
+    x: *const f32,
+    x_stride: usize,
+    k: usize,
+    b: *const E,
+    b_stride: usize,
+    sums: *mut f32,
+) {
+    // SAFETY: the contract above; r < R, g < G, i < k.
+    unsafe {
+        let mut acc: [[L; G]; R] =
+            std::array::from_fn(|r| std::array::from_fn(|g| L::load(sums.add(r * PANEL + g * LANES))));
+        for i in 0..k {
+            let w: [L; G] = std::array::from_fn(|g| E::lanes(b.add(i * b_stride + g * LANES)));
+            for r in 0..R {
+                let x = L::splat(*x.add(r * x_stride + i));
+                for g in 0..G {
+                    acc[r][g] = x.fma(w[g], acc[r][g]);
+                }
+            }
+        }
+        for r in 0..R {
+            for g in 0..G {
+                acc[r][g].store(sums.add(r * PANEL + g * LANES));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A product of small random numbers: `x`, panels and the naive result.
+    fn case(rows: usize, k: usize, n: usize) -> (Vec<f32>, Vec<f16>, Vec<f32>) {
+        let mut s = (rows * 31 + k * 7 + n) as u32;
+        let mut next = || {
+            s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (s >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let x: Vec<f32> = (0..rows * k).map(|_| next() * 3.0).collect();
+        let mut panels = vec![f16::ZERO; panel_count(n) * panel_len(k)];
+        for j in 0..n {
+            for i in 0..=k {
+                panels[j / PANEL * panel_len(k) + i * PANEL + j % PANEL] = f16::from_f32(next());
+            }
+        }
+        let mut y = vec![0.0; rows * n];
+        for r in 0..rows {
+            for j in 0..n {
+                let panel = &panels[j / PANEL * panel_len(k)..];
+                let bias = panel[j % PANEL].to_f32();
+                y[r * n + j] = (0..k)
+                    .fold(bias, |y, i| x[r * k + i].mul_add(panel[(i + 1) * PANEL + j % PANEL].to_f32(), y));
+            }
+        }
+        (x, panels, y)
+    }
+
+    fn run(
+        isa: Isa,
+        x: &[f32],
+        panels: &[f16],
+        rows: usize,
+        k: usize,
+        n: usize,
+        epilogue: Epilogue,
+    ) -> Vec<f32> {
+        let mut y: Vec<f32> = (0..rows * n).map(|i| i as f32 * 0.01).collect();
+        let mut scratch = vec![f32::NAN; product_scratch_len(rows)];
+        let lhs = Lhs { x, rows, stride: k, k };
+        let mut window = Window::new(&mut y, rows, n, n);
+        panel_product(isa, lhs, Rhs::weights(panels, k), epilogue, &mut window, &mut scratch);
+        y
+    }
+
+    #[test]
+    fn every_instruction_set_equals_the_naive_chain() {
+        for isa in Isa::supported() {
+            for rows in [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 25] {
+                for (k, n) in [(1, 1), (5, 33), (64, 64), (257, 40), (600, 100)] {
+                    let (x, panels, want) = case(rows, k, n);
+                    let got = run(isa, &x, &panels, rows, k, n, Epilogue::Store);
+                    assert!(got == want, "{} rows {rows} k {k} n {n}", isa.name());
+                    let got = run(isa, &x, &panels, rows, k, n, Epilogue::Add);
+                    let want: Vec<f32> = want.iter().enumerate().map(|(i, y)| i as f32 * 0.01 + y).collect();
+                    assert!(got == want, "{} add, rows {rows} k {k} n {n}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn swiglu_pairs_panels() {
+        let (rows, k, n) = (9, 70, 45);
+        let (x, panels, sums) = case(rows, k, 128); // gate 0..32, up 32..64, gate 64..96, up 96..128
+        for isa in Isa::supported() {
+            let got = run(isa, &x, &panels, rows, k, n, Epilogue::SwiGlu);
+            assert!(got == run(Isa::PORTABLE, &x, &panels, rows, k, n, Epilogue::SwiGlu), "{}", isa.name());
+            for r in 0..rows {
+                for j in 0..n {
+                    let column = j / 32 * 64 + j % 32;
+                    let (gate, up) =
+                        (f64::from(sums[r * 128 + column]), f64::from(sums[r * 128 + column + 32]));
+                    let want = gate / (1.0 + (-gate).exp()) * up;
+                    assert!((f64::from(got[r * n + j]) - want).abs() <= 1e-5 * want.abs().max(1.0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_window_of_panels_and_rows_gives_the_same_bits() {
+        let (rows, k, n) = (10, 100, 96);
+        let (x, panels, want) = case(rows, k, n);
+        let mut scratch = vec![0.0; product_scratch_len(rows)];
+        for isa in Isa::supported() {
+            for first_row in 0..rows {
+                let mut y = vec![0.0; (rows - first_row) * n];
+                let lhs = Lhs { x: &x[first_row * k..], rows: rows - first_row, stride: k, k };
+                let whole = Window::new(&mut y, rows - first_row, n, n);
+                for panel in 0..3 {
+                    // SAFETY: one part at a time, and `whole` is not written through.
+                    let mut part = unsafe { whole.part(panel * PANEL, PANEL) };
+                    let rhs = Rhs::weights(&panels, k).from_panel(panel);
+                    panel_product(isa, lhs, rhs, Epilogue::Store, &mut part, &mut scratch);
+                }
+                assert!(y == want[first_row * n..], "{}", isa.name());
+            }
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! Operations on rows of activations: RMSNorm, RoPE, softmax, addition, scaling, and SiLU for the products.
+//!
+//! A row need not be a multiple of 16 long: the last, short group of lanes is padded with a value that does not
+//! change the result.
+
+use half::f16;
+
+use crate::isa::{Isa, dispatch};
+use crate::lanes::Lanes;
+use crate::panel::LANES;
+
+/// RMSNorm of one row: `out[i] = x[i] / sqrt(mean(x²) + eps) * weight[i]`, the sum of squares in 16 lanes.
+/// (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.)
+///
+/// # Panics
+/// If `x`, `weight` and `out` differ in length.
+pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f16], eps: f32, out: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == out.len());
+    dispatch!(isa, rms_norm_lanes(x: &[f32], weight: &[f16], eps: f32, out: &mut [f32]))
+}
+
+/// Rotates one head: `out[i] = x[i] cos[i] - x[i + d/2] sin[i]`, `out[i + d/2] = x[i + d/2] cos[i] + x[i] sin[i]`,
+/// for i below d/2, all multiplied by `factor` at the end.
+/// (Su et al., "RoFormer", 2021, with the halves of a head paired as Hugging Face pairs them.)
+///
+/// # Panics
+/// If `x` and `out` are not both twice as long as `cos` and `sin`.
+pub fn rope(isa: Isa, x: &[f32], cos: &[f32], sin: &[f32], factor: f32, out: &mut [f32]) {
+    assert!(x.len() == 2 * cos.len() && cos.len() == sin.len() && x.len() == out.len());
+    dispatch!(isa, rope_lanes(x: &[f32], cos: &[f32], sin: &[f32], factor: f32, out: &mut [f32]))
+}
+
+/// Replaces `scores` by `exp(score - max)` and returns the sum of the results, in 16 lanes. Dividing by the sum,
+/// which a softmax ends with, is left to whoever uses the weights.
+///
+/// Differences below -80 count as -80 (1.8e-35), so that no weight is subnormal.
+pub fn softmax(isa: Isa, scores: &mut [f32]) -> f32 {
+    dispatch!(isa, softmax_lanes(scores: &mut [f32]) -> f32)
+}
+
+/// `out[i] += x[i]`
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add(isa: Isa, x: &[f32], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len());
+    dispatch!(isa, add_lanes(x: &[f32], out: &mut [f32]))
+}
+
+/// `out[i] = x[i] * factor`
+///
+/// # Panics
+/// If the lengths differ.
+pub fn scale(isa: Isa, x: &[f32], factor: f32, out: &mut [f32]) {
+    assert_eq!(x.len(), out.len());
+    dispatch!(isa, scale_lanes(x: &[f32], factor: f32, out: &mut [f32]))
+}
+
+/// Elements `i ..` of `x`, at most 16; missing lanes are `pad`.
+#[inline(always)]
+unsafe fn load<L: Lanes>(x: &[f32], i: usize, pad: f32) -> L {
+    if let Some(full) = x[i..].first_chunk::<LANES>() {
+        // SAFETY: 16 elements; the instruction set is the caller's promise.
+        return unsafe { L::load(full.as_ptr()) };
+    }
+    let mut lanes = [pad; LANES];
+    lanes[..x.len() - i].copy_from_slice(&x[i..]);
+    // SAFETY: as above.
+    unsafe { L::load(lanes.as_ptr()) }
+}
+
+/// Elements `i ..` of FP16 `x`, at most 16; missing lanes are zero.
+#[inline(always)]
+unsafe fn widen<L: Lanes>(x: &[f16], i: usize) -> L {
+    if let Some(full) = x[i..].first_chunk::<LANES>() {
+        // SAFETY: 16 elements; the instruction set is the caller's promise.
+        return unsafe { L::widen(full.as_ptr()) };
+    }
+    let mut lanes = [f16::ZERO; LANES];
+    lanes[..x.len() - i].copy_from_slice(&x[i..]);
+    // SAFETY: as above.
+    unsafe { L::widen(lanes.as_ptr()) }
+}
+
+/// Writes `v` to elements `i ..` of `out`, as many of the 16 as there are.
+#[inline(always)]
+fn store<L: Lanes>(v: L, out: &mut [f32], i: usize) {
+    if let Some(full) = out[i..].first_chunk_mut::<LANES>() {
+        // SAFETY: room for 16 elements.
+        return unsafe { v.store(full.as_mut_ptr()) };
+    }
+    let rest = &mut out[i..];
+    rest.copy_from_slice(&v.to_array()[..rest.len()]);
+}
+
+#[inline(always)]
+unsafe fn rms_norm_lanes<L: Lanes>(x: &[f32], weight: &[f16], eps: f32, out: &mut [f32]) {
+    // SAFETY: the instruction set is `dispatch!`'s promise.
+    unsafe {
+        let mut squares = L::splat(0.0);
+        for i in (0..x.len()).step_by(LANES) {
+            let v = load::<L>(x, i, 0.0);
+            squares = v.fma(v, squares);
+        }
+        let mean = squares.tree(|a, b| a + b) / x.len() as f32;
+        let inverse = L::splat(1.0 / (mean + eps).sqrt());
+        for i in (0..x.len()).step_by(LANES) {
+            store(load::<L>(x, i, 0.0).mul(inverse).mul(widen(weight, i)), out, i);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn rope_lanes<L: Lanes>(x: &[f32], cos: &[f32], sin: &[f32], factor: f32, out: &mut [f32]) {
+    let (x0, x1) = x.split_at(cos.len());
+    let (out0, out1) = out.split_at_mut(cos.len());
+    // SAFETY: the instruction set is `dispatch!`'s promise.
+    unsafe {
+        let factor = L::splat(factor);
+        for i in (0..cos.len()).step_by(LANES) {
+            let (a, b) = (load::<L>(x0, i, 0.0), load::<L>(x1, i, 0.0));
+            let (c, s) = (load::<L>(cos, i, 0.0), load::<L>(sin, i, 0.0));
+            store(a.mul(c).sub(b.mul(s)).mul(factor), out0, i);
+            store(b.mul(c).add(a.mul(s)).mul(factor), out1, i);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn softmax_lanes<L: Lanes>(scores: &mut [f32]) -> f32 {
+    // SAFETY: the instruction set is `dispatch!`'s promise.
+    unsafe {
+        let mut max = L::splat(f32::NEG_INFINITY);
+        for i in (0..scores.len()).step_by(LANES) {
+            max = max.max(load(scores, i, f32::NEG_INFINITY));
+        }
+        let max = L::splat(max.tree(f32::max));
+        let mut sum = L::splat(0.0);
+        for i in (0..scores.len()).step_by(LANES) {
+            let e = exp(load::<L>(scores, i, 0.0).sub(max));
+            store(e, scores, i);
+            // Lanes past the end must add nothing.
+            sum = sum.add(if scores.len() - i < LANES { load(scores, i, 0.0) } else { e });
+        }
+        sum.tree(|a, b| a + b)
+    }
+}
+
+#[inline(always)]
+unsafe fn add_lanes<L: Lanes>(x: &[f32], out: &mut [f32]) {
+    for i in (0..x.len()).step_by(LANES) {
+        // SAFETY: the instruction set is `dispatch!`'s promise.
+        let v = unsafe { load::<L>(out, i, 0.0).add(load(x, i, 0.0)) };
+        store(v, out, i);
+    }
+}
+
+#[inline(always)]
+unsafe fn scale_lanes<L: Lanes>(x: &[f32], factor: f32, out: &mut [f32]) {
+    // SAFETY: the instruction set is `dispatch!`'s promise.
+    let factor = unsafe { L::splat(factor) };
+    for i in (0..x.len()).step_by(LANES) {
+        // SAFETY: as above.
+        let v = unsafe { load::<L>(x, i, 0.0) };
+        store(v.mul(factor), out, i);
+    }
+}
+
+/// e^x, x clamped to -80 ..= 88; the relative error is below 2e-7.
+///
+/// x = n ln 2 + r with |r| <= ln(2)/2; e^r by the minimax polynomial of Moshier's Cephes library (`expf`); the
+/// result is scaled by 2^n. Adding 1.5 * 2^23 rounds to an integer in the low bits of the sum; the further 127 makes
+/// those bits the exponent of 2^n.
+#[inline(always)]
+unsafe fn exp<L: Lanes>(x: L) -> L {
+    // SAFETY: a value of type `L` proves the instruction set.
+    let c = |c: f32| unsafe { L::splat(c) };
+    const LN2_HIGH: f32 = 355.0 / 512.0; // few bits, so that n * LN2_HIGH is exact
+    const LN2_LOW: f32 = -2.121_944_4e-4; // ln 2 - LN2_HIGH
+    let shifter = c(12_582_912.0 + 127.0);
+    let x = x.max(c(-80.0)).min(c(88.0));
+    let shifted = x.fma(c(std::f32::consts::LOG2_E), shifter);
+    let n = shifted.sub(shifter);
+    let r = n.fma(c(-LN2_LOW), n.fma(c(-LN2_HIGH), x));
+    let p = c(1.987_569_1e-4);
+    let p = p.fma(r, c(1.398_199_9e-3));
+    let p = p.fma(r, c(8.333_452e-3));
+    let p = p.fma(r, c(4.166_579_6e-2));
+    let p = p.fma(r, c(0.166_666_65));
+    let p = p.fma(r, c(0.5));
+    let e = p.fma(r.mul(r), r).add(c(1.0));
+    e.mul(shifted.shift_to_exponent())
+}
+
+/// SwiGLU: `silu(gate) * up` with `silu(x) = x / (1 + e^-x)`. (Shazeer, "GLU Variants Improve Transformer", 2020.)
+///
+/// # Safety
+/// The machine has `L`'s instruction set.
+#[inline(always)]
+pub(crate) unsafe fn swiglu<L: Lanes>(gate: L, up: L) -> L {
+    // SAFETY: the caller promises the instruction set.
+    unsafe {
+        let e = exp(L::splat(0.0).sub(gate));
+        gate.div(L::splat(1.0).add(e)).mul(up)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::portable::Lanes16;
+
+    fn noise(n: usize, scale: f32) -> Vec<f32> {
+        let mut s = 7u32;
+        let mut next = || {
+            s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (s >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next() * scale).collect()
+    }
+
+    fn exp_array(x: [f32; 16]) -> [f32; 16] {
+        // SAFETY: the portable vector runs everywhere; `x` holds 16 elements.
+        unsafe { exp(Lanes16::load(x.as_ptr())).to_array() }
+    }
+
+    #[test]
+    fn exp_is_accurate_to_a_few_ulp() {
+        let mut worst = 0.0f64;
+        for step in 0..=1_680_000 {
+            let x = -80.0 + step as f32 * 1e-4;
+            let want = f64::from(x).exp();
+            worst = worst.max((f64::from(exp_array([x; 16])[0]) / want - 1.0).abs());
+        }
+        assert!(worst < 2e-7, "{worst}");
+        assert_eq!(exp_array([0.0; 16])[0], 1.0);
+        assert_eq!(exp_array([-1000.0; 16]), exp_array([-80.0; 16]));
+        assert!(exp_array([1000.0; 16])[0].is_finite());
+    }
+
+    #[test]
+    fn rms_norm_matches_its_formula() {
+        for n in [1, 15, 16, 17, 64, 100, 896] {
+            let (x, mut out) = (noise(n, 3.0), vec![0.0; n]);
+            let weight: Vec<f16> = noise(n, 2.0).into_iter().map(f16::from_f32).collect();
+            rms_norm(Isa::PORTABLE, &x, &weight, 1e-6, &mut out);
+            let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / n as f64;
+            for i in 0..n {
+                let want = f64::from(x[i]) / (mean + 1e-6).sqrt() * f64::from(weight[i].to_f32());
+                assert!((f64::from(out[i]) - want).abs() <= 1e-6 * want.abs().max(1e-3), "n {n}, i {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_sums_its_weights() {
+        for n in [1, 2, 15, 16, 17, 100, 1000] {
+            let mut s = noise(n, 20.0);
+            let before = s.clone();
+            let sum = softmax(Isa::PORTABLE, &mut s);
+            let max = before.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let want: f64 = before.iter().map(|&x| f64::from(x - max).exp()).sum();
+            assert!((f64::from(sum) / want - 1.0).abs() < 1e-6, "n {n}");
+            assert_eq!(s.iter().copied().fold(0.0, f32::max), 1.0);
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        for isa in Isa::supported() {
+            for n in [1, 8, 15, 16, 17, 32, 100, 898] {
+                let (x, y) = (noise(2 * n, 9.0), noise(2 * n + 1, 70.0));
+                let weight: Vec<f16> = y[..n].iter().map(|&v| f16::from_f32(v)).collect();
+                let run = |isa| {
+                    let mut all = Vec::new();
+                    let mut out = vec![0.0; n];
+                    rms_norm(isa, &x[..n], &weight, 1e-5, &mut out);
+                    all.extend_from_slice(&out);
+                    let mut out = vec![0.0; 2 * n];
+                    rope(isa, &x, &y[..n], &y[n..2 * n], 0.3, &mut out);
+                    all.extend_from_slice(&out);
+                    add(isa, &x, &mut out);
+                    all.extend_from_slice(&out);
+                    scale(isa, &x, 1.1, &mut out);
+                    all.extend_from_slice(&out);
+                    let sum = softmax(isa, &mut out);
+                    all.extend_from_slice(&out);
+                    all.push(sum);
+                    let mut half = vec![f16::ZERO; n];
+                    crate::store_v_row(
+                        isa,
+                        &x[..n].iter().map(|x| x * 9000.0).collect::<Vec<_>>(),
+                        &mut half,
+                    );
+                    all.extend(half.iter().map(|h| h.to_f32()));
+                    all.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+                };
+                assert_eq!(run(Isa::PORTABLE), run(isa), "{} n {n}", isa.name());
+            }
+        }
+    }
+}

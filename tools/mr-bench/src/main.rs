@@ -1,0 +1,3 @@
+//! Speed, roofline, logits and perplexity
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Hugging Face Qwen2 directory to .mrt file
+
+fn main() {}

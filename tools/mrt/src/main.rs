@@ -1,0 +1,3 @@
+//! Looks at and verifies .mrt files
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Chat with a model in a terminal
+
+fn main() {}
