@@ -23,6 +23,7 @@ macro_rules! both {
 impl Lanes for Lanes16 {
     const TILE_ROWS: usize = 6;
     const TILE_GROUPS: usize = 1;
+    const DIRECT_ROWS: usize = 2;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

@@ -15,6 +15,7 @@ pub(crate) struct Lanes16(__m512);
 impl Lanes for Lanes16 {
     const TILE_ROWS: usize = 12;
     const TILE_GROUPS: usize = 2;
+    const DIRECT_ROWS: usize = 12;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

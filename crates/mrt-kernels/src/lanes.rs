@@ -18,6 +18,8 @@ pub(crate) trait Lanes: Copy {
     const TILE_ROWS: usize;
     /// Width of the GEMM register tile, in vectors of 16 columns: 1 or 2.
     const TILE_GROUPS: usize;
+    /// Rows up to which the registers hold all 32 columns of a panel beside its widened FP16 row.
+    const DIRECT_ROWS: usize;
 
     /// All lanes `x`.
     /// # Safety

@@ -170,8 +170,8 @@ unsafe fn panel_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], su
         let panel = panel.as_ptr().add(PANEL);
         let sums = sums.as_mut_ptr();
         let x = lhs.x.as_ptr();
-        if lhs.rows * 2 <= L::TILE_ROWS * L::TILE_GROUPS {
-            // The tile has room for the whole width: one pass, straight from the FP16 panel.
+        if lhs.rows <= L::DIRECT_ROWS {
+            // One pass over the whole width, straight from the FP16 panel.
             tile_rows::<L, f16, 2>(lhs.rows, x, lhs.stride, lhs.k, panel, PANEL, sums);
         } else if lhs.rows <= L::TILE_ROWS {
             for start in (0..lhs.k).step_by(DIRECT_BLOCK) {
@@ -305,20 +305,27 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
 ) {
     // SAFETY: the contract above; r < R, g < G, i < k.
     unsafe {
-        let mut acc: [[L; G]; R] =
-            std::array::from_fn(|r| std::array::from_fn(|g| L::load(sums.add(r * PANEL + g * LANES))));
+        let mut acc = [[L::splat(0.0); G]; R];
+        for (r, row) in acc.iter_mut().enumerate() {
+            for (g, sum) in row.iter_mut().enumerate() {
+                *sum = L::load(sums.add(r * PANEL + g * LANES));
+            }
+        }
         for i in 0..k {
-            let w: [L; G] = std::array::from_fn(|g| E::lanes(b.add(i * b_stride + g * LANES)));
-            for r in 0..R {
+            let mut w = [L::splat(0.0); G];
+            for (g, w) in w.iter_mut().enumerate() {
+                *w = E::lanes(b.add(i * b_stride + g * LANES));
+            }
+            for (r, row) in acc.iter_mut().enumerate() {
                 let x = L::splat(*x.add(r * x_stride + i));
-                for g in 0..G {
-                    acc[r][g] = x.fma(w[g], acc[r][g]);
+                for (sum, w) in row.iter_mut().zip(w) {
+                    *sum = x.fma(w, *sum);
                 }
             }
         }
-        for r in 0..R {
-            for g in 0..G {
-                acc[r][g].store(sums.add(r * PANEL + g * LANES));
+        for (r, row) in acc.iter().enumerate() {
+            for (g, sum) in row.iter().enumerate() {
+                sum.store(sums.add(r * PANEL + g * LANES));
             }
         }
     }
