@@ -425,7 +425,8 @@ mod tests {
                 let whole = Window::new(&mut y, rows - first_row, n, n);
                 for panel in 0..3 {
                     // SAFETY: one part at a time, and `whole` is not written through.
-                    let mut part = unsafe { whole.part(panel * PANEL, PANEL) };
+                    let mut part =
+                        unsafe { whole.part(0..rows - first_row, panel * PANEL..(panel + 1) * PANEL) };
                     let rhs = Rhs::weights(&panels, k).from_panel(panel);
                     panel_product(isa, lhs, rhs, Epilogue::Store, &mut part, &mut scratch);
                 }

@@ -1,11 +1,12 @@
 //! A window of a row-major matrix that operations write into.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// `rows` × `columns` elements of a row-major f32 matrix whose rows are `stride` elements apart.
 ///
-/// It borrows its elements mutably, like a slice; unlike a slice, it can be cut into columns, so that threads can
-/// each fill their own columns of the same rows.
+/// It borrows its elements mutably, like a slice; unlike a slice, it can be cut into columns too, so that threads
+/// can each fill their own columns of the same rows.
 pub struct Window<'a> {
     first: *mut f32,
     rows: usize,
@@ -53,19 +54,22 @@ impl<'a> Window<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.first.add(r * self.stride), self.columns) }
     }
 
-    /// Columns `start .. start + columns` of the same rows.
+    /// The window of those rows and columns of this one.
     ///
     /// # Safety
-    /// While the result lives, no other window made by this function from `self` shares a column with it, and
+    /// While the result lives, no other window made by this function from `self` shares an element with it, and
     /// `self` itself is not written through.
     ///
     /// # Panics
-    /// If the range is outside the window.
-    pub unsafe fn part(&self, start: usize, columns: usize) -> Window<'a> {
-        assert!(start + columns <= self.columns, "columns {start} + {columns} of {}", self.columns);
-        // SAFETY: the range lies inside the window by the assertion, so the pointer stays inside the matrix.
-        let first = unsafe { self.first.add(start) };
-        Window { first, rows: self.rows, columns, stride: self.stride, matrix: PhantomData }
+    /// If a range is outside the window.
+    pub unsafe fn part(&self, rows: Range<usize>, columns: Range<usize>) -> Window<'a> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(columns.start <= columns.end && columns.end <= self.columns, "columns {columns:?}");
+        // Rows or columns may be empty and start one past the end, where the pointer must not go.
+        let first = if rows.is_empty() { 0 } else { rows.start * self.stride + columns.start };
+        // SAFETY: `first` is zero, or an element of the window or the end of one of its rows, by the assertions.
+        let first = unsafe { self.first.add(first) };
+        Window { first, rows: rows.len(), columns: columns.len(), stride: self.stride, matrix: PhantomData }
     }
 }
 
@@ -78,7 +82,7 @@ mod tests {
         let mut m = vec![0.0; 3 * 8];
         let w = Window::new(&mut m, 3, 7, 8);
         // SAFETY: the two ranges are disjoint, and `w` is not used to write.
-        let (mut a, mut b) = unsafe { (w.part(0, 3), w.part(3, 4)) };
+        let (mut a, mut b) = unsafe { (w.part(0..3, 0..3), w.part(0..3, 3..7)) };
         for r in 0..3 {
             a.row(r).fill(1.0);
             b.row(r).fill(2.0);

@@ -27,4 +27,65 @@ pub enum Error {
         /// The bytes that are left.
         left: u64,
     },
+    /// A weight arena that is not as the layout says.
+    #[error(
+        "the weight arena has {bytes} bytes at address {address:#x}; it must have {expected} at a multiple of 64"
+    )]
+    WeightArena {
+        /// Bytes that the layout has.
+        expected: u64,
+        /// Bytes that the arena has.
+        bytes: u64,
+        /// Where the arena begins.
+        address: usize,
+    },
+    /// A context of no positions, or longer than the model knows.
+    #[error("a context of {context} tokens; this model takes from 1 to {trained}")]
+    Context {
+        /// Positions asked for.
+        context: usize,
+        /// Positions that the model was trained for.
+        trained: usize,
+    },
+    /// A batch or number of threads that is zero.
+    #[error("a batch of {batch} tokens on {threads} threads; both must be at least 1")]
+    Limits {
+        /// Tokens of a prefill step.
+        batch: usize,
+        /// Threads.
+        threads: usize,
+    },
+    /// Nothing to run the model on.
+    #[error("no tokens: the prompt is empty")]
+    NoTokens,
+    /// More tokens than there is room for.
+    #[error("{tokens} tokens do not fit into the context of {context}, of which {used} are used")]
+    ContextFull {
+        /// Tokens to be added.
+        tokens: usize,
+        /// Positions in use.
+        used: usize,
+        /// Positions in all.
+        context: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token {id} at index {index} is outside the vocabulary of {vocab} tokens")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Where in the tokens.
+        index: usize,
+        /// Size of the vocabulary.
+        vocab: u32,
+    },
+    /// A sampling option outside its range.
+    #[error("{option} is {value}; it must be {expected}")]
+    Sampling {
+        /// Its name.
+        option: &'static str,
+        /// Its value.
+        value: f32,
+        /// What it may be.
+        expected: &'static str,
+    },
 }

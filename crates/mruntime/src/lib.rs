@@ -4,9 +4,27 @@
 
 pub mod arena;
 pub mod error;
+mod forward;
+mod generate;
+mod kv_cache;
+mod ops;
 #[expect(unsafe_code, reason = "hands parts of borrowed data to other threads")]
 pub mod pool;
+mod sampling;
+mod session;
+mod weights;
 
 pub use arena::{Arena, Bump, aligned_bytes};
 pub use error::Error;
-pub use pool::{Chunks, PerWorker, Pool, Split};
+pub use forward::{
+    Limits, MemorySizes, Qwen2Arenas, Scratch, create_qwen2_arenas, qwen2_forward, qwen2_init_scratch,
+    qwen2_memory_sizes,
+};
+pub use generate::{GenerateOptions, Generated, StopReason, qwen2_generate};
+pub use kv_cache::{KvCache, qwen2_init_kv_cache};
+pub use mrt_format::Qwen2Config;
+pub use mrt_kernels::Isa;
+pub use pool::{Blocks, Chunks, PerWorker, Pool, Split};
+pub use sampling::{Sampler, SamplingOptions, argmax, sample};
+pub use session::{Session, session_generate};
+pub use weights::{LayerWeights, Qwen2Weights};

@@ -8,6 +8,7 @@
 //! `run` takes `&mut self`: one job at a time, and a job cannot start another one on the same pool.
 
 use crate::error::Error;
+use mrt_kernels::Window;
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
@@ -471,6 +472,48 @@ unsafe impl<T: Send + 'static> Split for PerWorker<'_, T> {
         // SAFETY: worker < len / piece, so the piece lies within the slice that `new` borrowed for longer than 'p, and
         // nobody else has it, because the worker has no other part alive.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr().add(worker * self.piece), self.piece) }
+    }
+}
+
+/// A matrix in blocks of rows and columns; those at the right and lower edges may be smaller. Part `i` is block
+/// `i % across` of the `i / across`-th row of blocks, where `across` blocks lie side by side.
+pub struct Blocks<'a> {
+    matrix: Window<'a>,
+    rows: usize,
+    columns: usize,
+}
+
+impl<'a> Blocks<'a> {
+    /// Cuts `matrix` into blocks of `rows` × `columns` elements.
+    ///
+    /// # Panics
+    /// When `rows` or `columns` is 0.
+    pub fn new(matrix: Window<'a>, rows: usize, columns: usize) -> Self {
+        assert!(rows > 0 && columns > 0, "blocks of no elements");
+        Self { matrix, rows, columns }
+    }
+
+    /// How many blocks lie side by side.
+    pub fn across(&self) -> usize {
+        self.matrix.columns().div_ceil(self.columns)
+    }
+}
+
+// SAFETY: blocks with different `i` share no element, and a `Window` may go to any thread.
+unsafe impl Split for Blocks<'_> {
+    type Part<'p> = Window<'p>;
+
+    fn parts(&self) -> Option<usize> {
+        Some(self.matrix.rows().div_ceil(self.rows) * self.across())
+    }
+
+    unsafe fn part<'p>(&self, _worker: usize, i: usize) -> Window<'p> {
+        let range = |i: usize, piece: usize, end: usize| i * piece..((i + 1) * piece).min(end);
+        let rows = range(i / self.across(), self.rows, self.matrix.rows());
+        let columns = range(i % self.across(), self.columns, self.matrix.columns());
+        // SAFETY: each `i` comes once, so no other block shares an element, and the matrix is written through its
+        // blocks only. The borrow behind the window outlives 'p, as the caller promises.
+        unsafe { std::mem::transmute::<Window<'_>, Window<'p>>(self.matrix.part(rows, columns)) }
     }
 }
 

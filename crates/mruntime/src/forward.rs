@@ -1,0 +1,409 @@
+//! The forward pass of Qwen2, and the scratch memory that it works in.
+
+use mrt_format::Qwen2Config;
+use mrt_kernels::{Epilogue, Isa, Lhs, Window};
+
+use crate::arena::{Arena, Bump, aligned_bytes};
+use crate::error::Error;
+use crate::kv_cache::{KvCache, KvShape, kv_cache_bytes};
+use crate::ops::{self, Heads};
+use crate::pool::Pool;
+use crate::weights::Qwen2Weights;
+
+/// What the caller decides about memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Positions of the KV cache: prompt and answer together.
+    pub context: usize,
+    /// Tokens of a prefill step. More tokens read the weights less often, up to a point: 512 is enough.
+    pub batch: usize,
+    /// Threads of the pool.
+    pub threads: usize,
+}
+
+/// Bytes of each arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemorySizes {
+    /// The weight arena, which is mapped from the file.
+    pub weights: u64,
+    /// Keys and values; pages are touched as positions are filled.
+    pub kv_cache: u64,
+    /// Activations and working memory of the threads.
+    pub scratch: u64,
+}
+
+/// The arenas beside the weights.
+pub struct Qwen2Arenas {
+    /// For [`qwen2_init_kv_cache`](crate::qwen2_init_kv_cache).
+    pub kv_cache: Arena,
+    /// For [`qwen2_init_scratch`].
+    pub scratch: Arena,
+}
+
+/// Bytes that a model of shape `cfg` needs under `limits`, before anything is allocated.
+///
+/// # Errors
+/// When a limit is zero, or the context is longer than the model was trained for.
+pub fn qwen2_memory_sizes(cfg: &Qwen2Config, limits: &Limits) -> Result<MemorySizes, Error> {
+    let trained = cfg.max_position_embeddings as usize;
+    if limits.context == 0 || limits.context > trained {
+        return Err(Error::Context { context: limits.context, trained });
+    }
+    if limits.batch == 0 || limits.threads == 0 {
+        return Err(Error::Limits { batch: limits.batch, threads: limits.threads });
+    }
+    let scratch = scratch_lens(cfg, limits);
+    Ok(MemorySizes {
+        weights: mrt_format::qwen2_weights_layout(cfg).arena_bytes,
+        kv_cache: kv_cache_bytes(cfg, limits.context),
+        scratch: scratch.iter().fold(0, |sum, &len| aligned_bytes::<f32>(len).saturating_add(sum)),
+    })
+}
+
+/// Allocates the KV cache and scratch arenas.
+///
+/// # Errors
+/// As [`qwen2_memory_sizes`], and when the system refuses the memory.
+pub fn create_qwen2_arenas(cfg: &Qwen2Config, limits: &Limits) -> Result<Qwen2Arenas, Error> {
+    let sizes = qwen2_memory_sizes(cfg, limits)?;
+    Ok(Qwen2Arenas { kv_cache: Arena::new(sizes.kv_cache)?, scratch: Arena::new(sizes.scratch)? })
+}
+
+/// Working memory of [`qwen2_forward`], and the instruction set that it runs on.
+pub struct Scratch<'a> {
+    isa: Isa,
+    batch: usize,
+    /// Residual stream, `[batch][hidden]`.
+    residual: &'a mut [f32],
+    /// Input of the products, `[batch][hidden]`.
+    normed: &'a mut [f32],
+    /// `[batch][Q, K and V]`.
+    qkv: &'a mut [f32],
+    /// Rotated queries, `[kv head][token][head of the group][head_dim]`.
+    q: &'a mut [f32],
+    /// Output of attention, `[batch][attention width]`.
+    attended: &'a mut [f32],
+    /// SwiGLU's output, `[batch][intermediate]`.
+    gated: &'a mut [f32],
+    /// `1 / theta^(2i / head_dim)`, `[head_dim / 2]`.
+    frequencies: &'a mut [f32],
+    /// `[batch][head_dim / 2]` each.
+    cos: &'a mut [f32],
+    sin: &'a mut [f32],
+    /// Working memory of the threads, `[threads][worker_len]`.
+    workers: &'a mut [f32],
+    worker_len: usize,
+    /// For whoever has no logits of its own, `[vocab]`.
+    pub(crate) logits: &'a mut [f32],
+}
+
+/// Elements of each field of [`Scratch`], in the order of allocation.
+fn scratch_lens(cfg: &Qwen2Config, limits: &Limits) -> [usize; 11] {
+    let (hidden, half_head) = (cfg.hidden_size as usize, cfg.head_dim as usize / 2);
+    let batch = |width: usize| width.saturating_mul(limits.batch);
+    [
+        batch(hidden),
+        batch(hidden),
+        batch(cfg.qkv_columns()),
+        batch(cfg.attention_width()),
+        batch(cfg.attention_width()),
+        batch(cfg.intermediate_size as usize),
+        half_head,
+        batch(half_head),
+        batch(half_head),
+        worker_len(cfg, limits).saturating_mul(limits.threads),
+        cfg.vocab_size as usize,
+    ]
+}
+
+/// Elements of scratch of one thread; a multiple of two cache lines, so that threads share none.
+fn worker_len(cfg: &Qwen2Config, limits: &Limits) -> usize {
+    let kv = KvShape::new(cfg, limits.context);
+    let attention =
+        ops::attention_scratch_len(&kv, (cfg.num_heads / cfg.num_kv_heads) as usize, limits.batch);
+    attention.max(mrt_kernels::product_scratch_len(limits.batch)).next_multiple_of(32)
+}
+
+/// Cuts the scratch memory out of a zeroed arena and prepares the RoPE frequencies.
+///
+/// # Errors
+/// When the arena has fewer bytes left than [`qwen2_memory_sizes`] says.
+pub fn qwen2_init_scratch<'a>(
+    cfg: &Qwen2Config,
+    limits: &Limits,
+    isa: Isa,
+    arena: &mut Bump<'a>,
+) -> Result<Scratch<'a>, Error> {
+    let mut lens = scratch_lens(cfg, limits).into_iter();
+    let mut next = || arena.alloc::<f32>(lens.next().unwrap_or_default());
+    let scratch = Scratch {
+        isa,
+        batch: limits.batch,
+        residual: next()?,
+        normed: next()?,
+        qkv: next()?,
+        q: next()?,
+        attended: next()?,
+        gated: next()?,
+        frequencies: next()?,
+        cos: next()?,
+        sin: next()?,
+        workers: next()?,
+        worker_len: worker_len(cfg, limits),
+        logits: next()?,
+    };
+    for (i, f) in scratch.frequencies.iter_mut().enumerate() {
+        // f64 rounded once: what Hugging Face computes in f32, to the last bit or the one beside it.
+        *f = libm::pow(cfg.rope_theta, -(2.0 * i as f64) / f64::from(cfg.head_dim)) as f32;
+    }
+    Ok(scratch)
+}
+
+impl Scratch<'_> {
+    /// Tokens of a prefill step.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// The instruction set that the forward pass runs on.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+}
+
+/// Runs `tokens` through the model at the next positions of `kv`, and writes logits (f32, one for each token id).
+///
+/// The length of `logits` says which: `vocab_size` elements for the last token, `tokens.len() * vocab_size` for
+/// every token, none for no logits. However the tokens of a text are divided among calls, and whatever the
+/// batch size, number of threads and instruction set, the logits have the same bits.
+///
+/// # Errors
+/// When `tokens` is empty or does not fit into the context, or a token id is not below the vocabulary's size. The
+/// cache is then as it was.
+///
+/// # Panics
+/// If `logits` has another length, or `kv` and `scratch` were made for another config or more threads.
+pub fn qwen2_forward(
+    cfg: &Qwen2Config,
+    weights: &Qwen2Weights<'_>,
+    kv: &mut KvCache<'_>,
+    scratch: &mut Scratch<'_>,
+    tokens: &[u32],
+    logits: &mut [f32],
+    pool: &mut Pool,
+) -> Result<(), Error> {
+    check_tokens(cfg, kv, tokens)?;
+    let (hidden, vocab) = (cfg.hidden_size as usize, cfg.vocab_size as usize);
+    let (attention, mlp) = (cfg.attention_width(), cfg.intermediate_size as usize);
+    let all = logits.len() == tokens.len() * vocab;
+    assert!(all || logits.len() == vocab || logits.is_empty(), "{} logits", logits.len());
+    let eps = cfg.rms_norm_eps as f32;
+    let Scratch { isa, batch, residual, normed, qkv, q, attended, gated, .. } = scratch;
+    let Scratch { frequencies, cos, sin, workers, worker_len, .. } = scratch;
+    let isa = *isa;
+    let group = (cfg.num_heads / cfg.num_kv_heads) as usize;
+
+    for (c, chunk) in tokens.chunks(*batch).enumerate() {
+        let n = chunk.len();
+        let heads = Heads { kv: kv.shape(), group, tokens: n, start: kv.len() };
+        rope_table(frequencies, kv.len(), cos, sin, n);
+        let residual = &mut residual[..n * hidden];
+        let normed = &mut normed[..n * hidden];
+        ops::embed(weights.embedding(), chunk, hidden, residual, pool);
+
+        for i in 0..cfg.num_layers as usize {
+            let layer = weights.layer(i);
+            let (k, v) = kv.layer_mut(i);
+
+            ops::rms_norm(isa, residual, layer.attn_norm, eps, normed, pool);
+            let lhs = Lhs { x: normed, rows: n, stride: hidden, k: hidden };
+            let out = Window::new(qkv, n, cfg.qkv_columns(), cfg.qkv_columns());
+            ops::linear(isa, lhs, layer.qkv, Epilogue::Store, out, (workers, *worker_len), pool);
+            ops::rope_and_store(isa, heads, qkv, (cos, sin), q, (k, v), pool);
+            let out = &mut attended[..n * attention];
+            ops::attention(isa, heads, q, (k, v), out, (workers, *worker_len), pool);
+            let lhs = Lhs { x: attended, rows: n, stride: attention, k: attention };
+            let out = Window::new(residual, n, hidden, hidden);
+            ops::linear(isa, lhs, layer.attn_out, Epilogue::Add, out, (workers, *worker_len), pool);
+
+            ops::rms_norm(isa, residual, layer.mlp_norm, eps, normed, pool);
+            let lhs = Lhs { x: normed, rows: n, stride: hidden, k: hidden };
+            let out = Window::new(gated, n, mlp, mlp);
+            ops::linear(isa, lhs, layer.gate_up, Epilogue::SwiGlu, out, (workers, *worker_len), pool);
+            let lhs = Lhs { x: gated, rows: n, stride: mlp, k: mlp };
+            let out = Window::new(residual, n, hidden, hidden);
+            ops::linear(isa, lhs, layer.down, Epilogue::Add, out, (workers, *worker_len), pool);
+        }
+        kv.advance(n);
+
+        let first = c * *batch;
+        let wanted = match logits.len() {
+            0 => continue,
+            _ if all => 0,
+            _ if first + n == tokens.len() => n - 1,
+            _ => continue,
+        };
+        let logits = if all { &mut logits[first * vocab..(first + n) * vocab] } else { &mut *logits };
+        let normed = &mut normed[wanted * hidden..];
+        ops::rms_norm(isa, &residual[wanted * hidden..], weights.final_norm(), eps, normed, pool);
+        let lhs = Lhs { x: normed, rows: n - wanted, stride: hidden, k: hidden };
+        let out = Window::new(logits, n - wanted, vocab, vocab);
+        ops::linear(isa, lhs, weights.lm_head(), Epilogue::Store, out, (workers, *worker_len), pool);
+    }
+    Ok(())
+}
+
+fn check_tokens(cfg: &Qwen2Config, kv: &KvCache<'_>, tokens: &[u32]) -> Result<(), Error> {
+    if tokens.is_empty() {
+        return Err(Error::NoTokens);
+    }
+    if tokens.len() > kv.context() - kv.len() {
+        return Err(Error::ContextFull { tokens: tokens.len(), used: kv.len(), context: kv.context() });
+    }
+    match tokens.iter().position(|&t| t >= cfg.vocab_size) {
+        Some(index) => Err(Error::TokenId { id: tokens[index], index, vocab: cfg.vocab_size }),
+        None => Ok(()),
+    }
+}
+
+/// Cosines and sines of the angles `position * frequency` for `n` positions from `start` on; the angle is rounded
+/// to f32 first, as Hugging Face does.
+fn rope_table(frequencies: &[f32], start: usize, cos: &mut [f32], sin: &mut [f32], n: usize) {
+    let half = frequencies.len();
+    for t in 0..n {
+        let position = (start + t) as f32;
+        for (i, f) in frequencies.iter().enumerate() {
+            let angle = position * f;
+            cos[t * half + i] = libm::cosf(angle);
+            sin[t * half + i] = libm::sinf(angle);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qwen2_init_kv_cache;
+    use half::f16;
+
+    const CFG: Qwen2Config = Qwen2Config {
+        hidden_size: 80,
+        intermediate_size: 100,
+        num_layers: 2,
+        num_heads: 6,
+        num_kv_heads: 2,
+        head_dim: 40,
+        vocab_size: 75,
+        max_position_embeddings: 4096,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e4,
+        tie_word_embeddings: true,
+    };
+
+    /// An arena of random numbers in -0.25 .. 0.25: any arena is a model.
+    fn random_arena() -> Arena {
+        let mut arena = Arena::new(mrt_format::qwen2_weights_layout(&CFG).arena_bytes).unwrap();
+        let mut s = 1u32;
+        for bytes in arena.bytes_mut().chunks_exact_mut(2) {
+            s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let x = (s >> 8) as f32 / (1 << 23) as f32 - 1.0;
+            bytes.copy_from_slice(&f16::from_f32(x * 0.25).to_le_bytes());
+        }
+        arena
+    }
+
+    fn tokens(n: usize) -> Vec<u32> {
+        (0..n as u32).map(|i| (i * 37 + 11) % CFG.vocab_size).collect()
+    }
+
+    /// The logits of every token, computed with calls of `split` tokens.
+    fn logits(tokens: &[u32], limits: Limits, isa: Isa, split: usize) -> Vec<u32> {
+        let weights = random_arena();
+        let weights = Qwen2Weights::from_arena(&CFG, weights.bytes()).unwrap();
+        let mut arenas = create_qwen2_arenas(&CFG, &limits).unwrap();
+        // Whatever the scratch memory holds must not matter.
+        bytemuck::cast_slice_mut::<u8, f32>(&mut arenas.scratch.bytes_mut()[..64]).fill(f32::NAN);
+        let mut kv = qwen2_init_kv_cache(&CFG, limits.context, &mut arenas.kv_cache.bump()).unwrap();
+        let mut scratch = qwen2_init_scratch(&CFG, &limits, isa, &mut arenas.scratch.bump()).unwrap();
+        let mut pool = Pool::new(limits.threads).unwrap();
+        let mut all = vec![0.0; tokens.len() * CFG.vocab_size as usize];
+        for (tokens, logits) in tokens.chunks(split).zip(all.chunks_mut(split * CFG.vocab_size as usize)) {
+            qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, tokens, logits, &mut pool).unwrap();
+        }
+        assert_eq!(kv.len(), tokens.len());
+        all.iter().map(|x| x.to_bits()).collect()
+    }
+
+    #[test]
+    fn the_logits_have_the_same_bits_however_they_are_computed() {
+        let tokens = tokens(70);
+        let limits = Limits { context: 70, batch: 70, threads: 1 };
+        let want = logits(&tokens, limits, Isa::PORTABLE, 1);
+        assert!(want.iter().all(|&x| f32::from_bits(x).is_finite()));
+        for isa in Isa::supported() {
+            for threads in [1, 2, 3, 8] {
+                for (split, batch) in [(1, 1), (2, 4), (7, 7), (32, 32), (70, 70), (70, 7), (70, 64)] {
+                    let limits = Limits { context: 100, batch, threads };
+                    let got = logits(&tokens, limits, isa, split);
+                    assert!(got == want, "{} threads {threads} split {split} batch {batch}", isa.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_logits_asked_for_are_the_ones_given() {
+        let (tokens, vocab) = (tokens(9), CFG.vocab_size as usize);
+        let limits = Limits { context: 9, batch: 4, threads: 1 };
+        let want = logits(&tokens, limits, Isa::PORTABLE, 9);
+        let weights = random_arena();
+        let weights = Qwen2Weights::from_arena(&CFG, weights.bytes()).unwrap();
+        let mut arenas = create_qwen2_arenas(&CFG, &limits).unwrap();
+        let mut kv = qwen2_init_kv_cache(&CFG, limits.context, &mut arenas.kv_cache.bump()).unwrap();
+        let mut scratch =
+            qwen2_init_scratch(&CFG, &limits, Isa::PORTABLE, &mut arenas.scratch.bump()).unwrap();
+        let mut pool = Pool::new(1).unwrap();
+        let mut last = vec![0.0; vocab];
+        qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens, &mut last, &mut pool).unwrap();
+        let last: Vec<u32> = last.iter().map(|x| x.to_bits()).collect();
+        assert!(last == want[8 * vocab..]);
+        // A cache that is cut and filled again is as good as new.
+        kv.truncate(3);
+        qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens[3..7], &mut [], &mut pool).unwrap();
+        let mut rest = vec![0.0; 2 * vocab];
+        qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens[7..], &mut rest, &mut pool).unwrap();
+        let rest: Vec<u32> = rest.iter().map(|x| x.to_bits()).collect();
+        assert!(rest == want[7 * vocab..]);
+    }
+
+    #[test]
+    fn bad_tokens_are_refused_and_change_nothing() {
+        let weights = random_arena();
+        let weights = Qwen2Weights::from_arena(&CFG, weights.bytes()).unwrap();
+        let limits = Limits { context: 5, batch: 4, threads: 1 };
+        let mut arenas = create_qwen2_arenas(&CFG, &limits).unwrap();
+        let mut kv = qwen2_init_kv_cache(&CFG, limits.context, &mut arenas.kv_cache.bump()).unwrap();
+        let mut scratch =
+            qwen2_init_scratch(&CFG, &limits, Isa::PORTABLE, &mut arenas.scratch.bump()).unwrap();
+        let mut pool = Pool::new(1).unwrap();
+        for (tokens, message) in [
+            (&[][..], "no tokens: the prompt is empty"),
+            (&[1, 75], "token 75 at index 1 is outside the vocabulary of 75 tokens"),
+            (&[1; 6], "6 tokens do not fit into the context of 5, of which 0 are used"),
+        ] {
+            let result = qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, tokens, &mut [], &mut pool);
+            assert_eq!(result.unwrap_err().to_string(), message);
+            assert!(kv.is_empty());
+        }
+    }
+
+    #[test]
+    fn impossible_limits_are_refused_before_anything_is_allocated() {
+        let sizes = |context, batch, threads| qwen2_memory_sizes(&CFG, &Limits { context, batch, threads });
+        assert!(sizes(0, 1, 1).is_err() && sizes(1, 0, 1).is_err() && sizes(1, 1, 0).is_err());
+        assert!(sizes(4097, 1, 1).unwrap_err().to_string().contains("4097"));
+        let kv = sizes(4096, 512, 2).unwrap().kv_cache;
+        // Two layers and two heads: 128 panels of 41 rows for K, two of 4097 rows for V; 64 bytes a row.
+        assert_eq!(kv, 2 * 2 * (128 * 41 + 2 * 4097) * 64);
+    }
+}

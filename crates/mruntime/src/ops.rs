@@ -1,0 +1,192 @@
+//! The operations of a forward pass: each cuts its work into parts, and hands the parts to the kernels.
+
+use half::f16;
+use mrt_kernels::{Epilogue, Isa, Lhs, PANEL, Rhs, Window, panel_count, panel_len};
+
+use crate::kv_cache::{KvShape, v_row};
+use crate::pool::{Blocks, Chunks, PerWorker, Pool};
+
+/// Parts a thread, where there is enough work: the more, the less a join waits for a thread that is slowed down.
+const PARTS_PER_THREAD: usize = 8;
+
+/// The most panels of a part: a megabyte or so, a fraction of a millisecond.
+const MAX_PART_PANELS: usize = 16;
+
+/// Rows of attention scores (query heads of a KV group times tokens) that share one pass over keys and values.
+const ATTENTION_ROWS: usize = 48;
+
+/// Looks `tokens` up: row t of `out` (`hidden` wide) is column `tokens[t]` of the embedding's panels.
+pub(crate) fn embed(panels: &[f16], tokens: &[u32], hidden: usize, out: &mut [f32], pool: &mut Pool) {
+    pool.run_split(Chunks::new(out, hidden), |_, t, row| {
+        mrt_kernels::gather_column(panels, tokens[t] as usize, row);
+    });
+}
+
+/// RMSNorm of each row of `x`.
+pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f16], eps: f32, out: &mut [f32], pool: &mut Pool) {
+    let n = weight.len();
+    // A row takes a tenth of a microsecond: what decoding needs is done before another thread would have begun.
+    let rows = 16;
+    pool.run_split(Chunks::new(out, rows * n), |_, i, out| {
+        for (x, out) in x[i * rows * n..].chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+            mrt_kernels::rms_norm(isa, x, weight, eps, out);
+        }
+    });
+}
+
+/// `out = epilogue(lhs * panels)`, the columns of `out` spread over the threads. `scratch` is cut into pieces of
+/// `piece` elements, one for each worker.
+pub(crate) fn linear(
+    isa: Isa,
+    lhs: Lhs<'_>,
+    panels: &[f16],
+    epilogue: Epilogue,
+    out: Window<'_>,
+    (scratch, piece): (&mut [f32], usize),
+    pool: &mut Pool,
+) {
+    let count = panel_count(out.columns());
+    let part = (count / (pool.threads() * PARTS_PER_THREAD)).clamp(1, MAX_PART_PANELS);
+    let (rows, rhs) = (out.rows(), Rhs::weights(panels, lhs.k));
+    let panels_per_output = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+    let split = (Blocks::new(out, rows, part * PANEL), PerWorker::new(scratch, piece));
+    pool.run_split(split, |_, i, (mut out, scratch)| {
+        let rhs = rhs.from_panel(i * part * panels_per_output);
+        mrt_kernels::panel_product(isa, lhs, rhs, epilogue, &mut out, scratch);
+    });
+}
+
+/// What attention needs to know of a chunk of tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads {
+    /// Sizes of the KV cache.
+    pub kv: KvShape,
+    /// Query heads of a KV head.
+    pub group: usize,
+    /// Tokens of the chunk.
+    pub tokens: usize,
+    /// Position of the first token.
+    pub start: usize,
+}
+
+impl Heads {
+    /// Width of a row of Q, K and V.
+    fn qkv(&self) -> usize {
+        (self.group + 2) * self.kv.heads * self.kv.head_dim
+    }
+
+    /// Elements of the queries of one KV group: `[tokens][group][head_dim]`.
+    fn q_group(&self) -> usize {
+        self.tokens * self.group * self.kv.head_dim
+    }
+
+    /// Tokens that share one pass over keys and values.
+    fn tile(&self) -> usize {
+        tile_tokens(self.group).min(self.tokens)
+    }
+}
+
+fn tile_tokens(group: usize) -> usize {
+    (ATTENTION_ROWS / group).max(1)
+}
+
+/// Elements of scratch that a worker needs for [`attention`].
+pub(crate) fn attention_scratch_len(kv: &KvShape, group: usize, batch: usize) -> usize {
+    let rows = tile_tokens(group).min(batch) * group;
+    rows.saturating_mul(kv.context + kv.head_dim + 1) + mrt_kernels::product_scratch_len(rows)
+}
+
+/// Rotates Q and K of each token (`cos` and `sin`: `[tokens][head_dim / 2]`), writes the rotated queries, already
+/// multiplied by 1 / sqrt(head_dim), to `q` as `[kv head][token][head of the group][head_dim]`, and keys and values
+/// to the cache.
+pub(crate) fn rope_and_store(
+    isa: Isa,
+    heads: Heads,
+    qkv: &[f32],
+    (cos, sin): (&[f32], &[f32]),
+    q: &mut [f32],
+    (k, v): (&mut [f16], &mut [f16]),
+    pool: &mut Pool,
+) {
+    let Heads { kv, group, tokens, start } = heads;
+    let d = kv.head_dim;
+    let q_scale = 1.0 / (d as f32).sqrt();
+    let split = (
+        Chunks::new(&mut q[..kv.heads * heads.q_group()], heads.q_group()),
+        (Chunks::new(k, kv.k_head_len()), Chunks::new(v, kv.v_head_len())),
+    );
+    pool.run_split(split, |_, g, (q, (k, v))| {
+        let mut rotated = [0.0; 512];
+        let rotated = &mut rotated[..d];
+        for t in 0..tokens {
+            let row = &qkv[t * heads.qkv()..][..heads.qkv()];
+            let (cos, sin) = (&cos[t * d / 2..][..d / 2], &sin[t * d / 2..][..d / 2]);
+            for h in 0..group {
+                let out = &mut q[(t * group + h) * d..][..d];
+                mrt_kernels::rope(isa, &row[(g * group + h) * d..][..d], cos, sin, q_scale, out);
+            }
+            let (row_k, row_v) = row[group * kv.heads * d..].split_at(kv.heads * d);
+            mrt_kernels::rope(isa, &row_k[g * d..][..d], cos, sin, 1.0, rotated);
+            let position = start + t;
+            let panel = &mut k[position / PANEL * panel_len(d)..][..panel_len(d)];
+            mrt_kernels::store_k_lane(isa, rotated, panel, position % PANEL);
+            for (j, values) in row_v[g * d..][..d].chunks(PANEL).enumerate() {
+                mrt_kernels::store_v_row(isa, values, v_row(&kv, v, j, position));
+            }
+        }
+    });
+}
+
+/// Causal attention of a chunk's queries (as [`rope_and_store`] leaves them) over the cached keys and values of one
+/// layer. `out` is `[tokens][head][head_dim]`, the heads of a group side by side.
+///
+/// Scores are exact: a row's scores over all its positions are computed, then its softmax, then the weighted sum.
+pub(crate) fn attention(
+    isa: Isa,
+    heads: Heads,
+    q: &[f32],
+    (k, v): (&[f16], &[f16]),
+    out: &mut [f32],
+    (scratch, piece): (&mut [f32], usize),
+    pool: &mut Pool,
+) {
+    let Heads { kv, group, tokens, start } = heads;
+    let (d, width) = (kv.head_dim, group * kv.heads * kv.head_dim);
+    let tile = heads.tile();
+    let blocks = Blocks::new(Window::new(out, tokens, width, width), tile, group * d);
+    pool.run_split((blocks, PerWorker::new(scratch, piece)), |_, i, (mut out, scratch)| {
+        let (first, g) = (i / kv.heads * tile, i % kv.heads);
+        let rows = out.rows() * group;
+        let positions = start + first + out.rows();
+        let (scores, scratch) = scratch.split_at_mut(rows * positions);
+        let (sums, scratch) = scratch.split_at_mut(rows);
+        let (mixed, scratch) = scratch.split_at_mut(rows * d);
+
+        let q = &q[g * heads.q_group() + first * group * d..];
+        let keys = Rhs { panels: &k[g * kv.k_head_len()..][..kv.k_head_len()], stride: panel_len(d) };
+        let lhs = Lhs { x: q, rows, stride: d, k: d };
+        let mut window = Window::new(scores, rows, positions, positions);
+        mrt_kernels::panel_product(isa, lhs, keys, Epilogue::Store, &mut window, scratch);
+
+        for (r, (row, sum)) in scores.chunks_exact_mut(positions).zip(sums.iter_mut()).enumerate() {
+            let (seen, future) = row.split_at_mut(start + first + r / group + 1);
+            *sum = mrt_kernels::softmax(isa, seen);
+            future.fill(0.0);
+        }
+
+        let values = Rhs { panels: &v[g * kv.v_head_len()..][..kv.v_head_len()], stride: kv.v_panel_len() };
+        let lhs = Lhs { x: scores, rows, stride: positions, k: positions };
+        mrt_kernels::panel_product(
+            isa,
+            lhs,
+            values,
+            Epilogue::Store,
+            &mut Window::new(mixed, rows, d, d),
+            scratch,
+        );
+        for (r, (mixed, sum)) in mixed.chunks_exact(d).zip(sums).enumerate() {
+            let out = &mut out.row(r / group)[r % group * d..][..d];
+            mrt_kernels::scale(isa, mixed, 1.0 / *sum, out);
+        }
+    });
+}

@@ -1,0 +1,361 @@
+//! Choosing the next token from the logits.
+
+use std::cmp::Ordering;
+
+use mrt_kernels::Isa;
+
+use crate::error::Error;
+
+/// How tokens are chosen. The filters apply in Hugging Face's order: repetition penalty, temperature, top-k, top-p
+/// (nucleus), min-p.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingOptions {
+    /// Divides the logits; 0 chooses the largest (greedy).
+    pub temperature: f32,
+    /// Only the `top_k` largest logits; 0 for all.
+    pub top_k: u32,
+    /// Only the smallest set of most probable tokens whose probabilities sum to at least this; 1 for all.
+    pub top_p: f32,
+    /// Only tokens at least this probable relative to the most probable one; 0 for all.
+    pub min_p: f32,
+    /// Positive logits of tokens that occurred are divided by this, negative ones multiplied; 1 for none.
+    /// (Keskar et al., "CTRL", 2019.)
+    pub repetition_penalty: f32,
+    /// Where the random numbers start: the same seed, the same choices.
+    pub seed: u64,
+}
+
+impl SamplingOptions {
+    /// The most probable token, always.
+    pub const GREEDY: SamplingOptions = SamplingOptions {
+        temperature: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        seed: 0,
+    };
+
+    fn check(&self) -> Result<(), Error> {
+        let options = [
+            ("temperature", self.temperature, self.temperature >= 0.0, "0 (greedy) or more"),
+            ("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0.0, "above 0"),
+        ];
+        match options.into_iter().find(|(_, value, ok, _)| !(*ok && value.is_finite())) {
+            Some((option, value, _, expected)) => Err(Error::Sampling { option, value, expected }),
+            None => Ok(()),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Candidate {
+    id: u32,
+    logit: f32,
+}
+
+/// The state of sampling: options, random numbers, and the tokens that have occurred.
+pub struct Sampler {
+    options: SamplingOptions,
+    isa: Isa,
+    random: u64,
+    /// Tokens that have occurred, once each, and whether a token is among them.
+    seen: Vec<u32>,
+    is_seen: Vec<bool>,
+    /// Room for one candidate and one weight a token, so that sampling allocates nothing.
+    candidates: Vec<Candidate>,
+    weights: Vec<f32>,
+}
+
+impl Sampler {
+    /// A sampler for logits over `vocab` tokens.
+    ///
+    /// # Errors
+    /// When an option is outside its range.
+    pub fn new(options: SamplingOptions, vocab: usize, isa: Isa) -> Result<Sampler, Error> {
+        options.check()?;
+        Ok(Sampler {
+            options,
+            isa,
+            random: options.seed,
+            seen: Vec::with_capacity(vocab),
+            is_seen: vec![false; vocab],
+            candidates: Vec::with_capacity(vocab),
+            weights: vec![0.0; vocab],
+        })
+    }
+
+    /// Notes that `token` has occurred, for the repetition penalty.
+    pub fn observe(&mut self, token: u32) {
+        if let Some(seen) = self.is_seen.get_mut(token as usize)
+            && !std::mem::replace(seen, true)
+        {
+            self.seen.push(token);
+        }
+    }
+
+    /// Forgets the tokens that have occurred.
+    pub fn forget(&mut self) {
+        for token in self.seen.drain(..) {
+            self.is_seen[token as usize] = false;
+        }
+    }
+}
+
+/// Chooses the next token. `logits` are changed by the repetition penalty. A logit of negative infinity is never
+/// chosen while there is another.
+///
+/// # Panics
+/// If `logits` has another length than the sampler was made for.
+pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
+    assert_eq!(logits.len(), sampler.weights.len());
+    let options = sampler.options;
+    for &token in &sampler.seen {
+        let logit = &mut logits[token as usize];
+        *logit *= if *logit > 0.0 { 1.0 / options.repetition_penalty } else { options.repetition_penalty };
+    }
+    if options.temperature == 0.0 || options.top_k == 1 {
+        return argmax(logits);
+    }
+    mrt_kernels::scale(sampler.isa, logits, 1.0 / options.temperature, &mut sampler.weights);
+    let total = mrt_kernels::softmax(sampler.isa, &mut sampler.weights);
+    let (candidates, weights) = (&mut sampler.candidates, &sampler.weights);
+    let weight = |c: &Candidate| if c.logit == f32::NEG_INFINITY { 0.0 } else { weights[c.id as usize] };
+
+    if options.top_k > 0 {
+        largest(logits, options.top_k as usize, candidates);
+        let total: f32 = candidates.iter().map(weight).sum();
+        keep_nucleus(candidates, weight, options.top_p * total);
+    } else if options.top_p < 1.0 {
+        // The nucleus is small as a rule: look for it among a few, then among more.
+        let mut k = 64;
+        while {
+            largest(logits, k, candidates);
+            !keep_nucleus(candidates, weight, options.top_p * total) && k < logits.len()
+        } {
+            k *= 8;
+        }
+    } else {
+        candidates.clear();
+        candidates.extend(logits.iter().enumerate().map(|(id, &logit)| Candidate { id: id as u32, logit }));
+    }
+    // The most probable token has weight 1.
+    candidates.retain(|c| weight(c) >= options.min_p);
+
+    let total: f32 = candidates.iter().map(weight).sum();
+    let mut left = next_random(&mut sampler.random) * total;
+    let chosen = candidates.iter().find(|c| {
+        left -= weight(c);
+        left < 0.0
+    });
+    // Rounding may leave nothing below zero: then it is the last one that can be chosen at all.
+    let chosen = chosen.or_else(|| candidates.iter().rfind(|c| weight(c) > 0.0));
+    chosen.map_or_else(|| argmax(logits), |c| c.id)
+}
+
+/// The first of the largest logits.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+/// Larger logits first, then smaller ids.
+fn rank(a: &Candidate, b: &Candidate) -> Ordering {
+    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+}
+
+/// The `k` largest logits in order of rank, in one pass: once there are `k`, only what beats the k-th is kept.
+fn largest(logits: &[f32], k: usize, candidates: &mut Vec<Candidate>) {
+    candidates.clear();
+    let k = k.min(logits.len());
+    let room = (2 * k).max(256).min(logits.len());
+    let mut threshold = f32::NEG_INFINITY;
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit > threshold || threshold == f32::NEG_INFINITY {
+            if candidates.len() == room {
+                candidates.select_nth_unstable_by(k - 1, rank);
+                candidates.truncate(k);
+                threshold = candidates[k - 1].logit;
+                if logit <= threshold {
+                    continue;
+                }
+            }
+            candidates.push(Candidate { id: id as u32, logit });
+        }
+    }
+    if candidates.len() > k {
+        candidates.select_nth_unstable_by(k - 1, rank);
+        candidates.truncate(k);
+    }
+    candidates.sort_unstable_by(rank);
+}
+
+/// Cuts ranked candidates to the first ones whose weights sum to at least `mass`; false when all of them do not.
+fn keep_nucleus(candidates: &mut Vec<Candidate>, weight: impl Fn(&Candidate) -> f32, mass: f32) -> bool {
+    let mut sum = 0.0;
+    let last = candidates.iter().position(|c| {
+        sum += weight(c);
+        sum >= mass
+    });
+    if let Some(last) = last {
+        candidates.truncate(last + 1);
+    }
+    last.is_some()
+}
+
+/// A number in 0 .. 1 from SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
+/// 2014). It is written out here because a seed must give the same text with every version of every dependency.
+fn next_random(state: &mut u64) -> f32 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    (z >> 40) as f32 / (1 << 24) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampler(options: SamplingOptions, vocab: usize) -> Sampler {
+        Sampler::new(options, vocab, Isa::PORTABLE).unwrap()
+    }
+
+    /// How often each token is chosen in `n` draws.
+    fn counts(options: SamplingOptions, logits: &[f32], n: usize) -> Vec<usize> {
+        let mut sampler = sampler(options, logits.len());
+        let mut counts = vec![0; logits.len()];
+        for _ in 0..n {
+            counts[sample(&mut sampler, &mut logits.to_vec()) as usize] += 1;
+        }
+        counts
+    }
+
+    const SAMPLE: SamplingOptions = SamplingOptions { temperature: 1.0, seed: 5, ..SamplingOptions::GREEDY };
+
+    /// Logits of the probabilities 1/2, 1/4, 1/8, 1/8, not in order.
+    fn quarters() -> [f32; 4] {
+        [0.125f32.ln(), 0.5f32.ln(), 0.125f32.ln(), 0.25f32.ln()]
+    }
+
+    #[test]
+    fn greedy_takes_the_first_largest() {
+        let mut logits = [1.0, 3.0, -2.0, 3.0];
+        assert_eq!(sample(&mut sampler(SamplingOptions::GREEDY, 4), &mut logits), 1);
+    }
+
+    #[test]
+    fn frequencies_follow_probabilities() {
+        let counts = counts(SAMPLE, &quarters(), 40_000);
+        for (count, p) in counts.iter().zip([0.125, 0.5, 0.125, 0.25]) {
+            let expected = 40_000.0 * p;
+            // Five standard deviations.
+            assert!((*count as f64 - expected).abs() < 5.0 * (expected * (1.0 - p)).sqrt(), "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn temperature_sharpens_and_flattens() {
+        let cold = counts(SamplingOptions { temperature: 0.1, ..SAMPLE }, &quarters(), 1000);
+        assert!(cold[1] > 990, "{cold:?}");
+        let hot = counts(SamplingOptions { temperature: 100.0, ..SAMPLE }, &quarters(), 4000);
+        assert!(hot.iter().all(|&n| n > 800), "{hot:?}");
+    }
+
+    #[test]
+    fn filters_exclude_what_they_should() {
+        let excluded = |options: SamplingOptions| {
+            let counts = counts(options, &quarters(), 4000);
+            counts.iter().map(|&n| n == 0).collect::<Vec<_>>()
+        };
+        assert_eq!(excluded(SamplingOptions { top_k: 2, ..SAMPLE }), [true, false, true, false]);
+        // Of equals the smaller id is kept.
+        assert_eq!(excluded(SamplingOptions { top_k: 3, ..SAMPLE }), [false, false, true, false]);
+        assert_eq!(excluded(SamplingOptions { top_p: 0.5, ..SAMPLE }), [true, false, true, true]);
+        assert_eq!(excluded(SamplingOptions { top_p: 0.7, ..SAMPLE }), [true, false, true, false]);
+        assert_eq!(excluded(SamplingOptions { top_p: 0.8, ..SAMPLE }), [false, false, true, false]);
+        assert_eq!(excluded(SamplingOptions { min_p: 0.4, ..SAMPLE }), [true, false, true, false]);
+        // Top-p looks at the probabilities that top-k has left: 2/3 and 1/3.
+        assert_eq!(excluded(SamplingOptions { top_k: 2, top_p: 0.6, ..SAMPLE }), [true, false, true, true]);
+    }
+
+    #[test]
+    fn banned_tokens_are_never_chosen() {
+        let mut logits = vec![f32::NEG_INFINITY; 1000];
+        logits[700] = -3.0;
+        for options in
+            [SAMPLE, SamplingOptions { top_k: 50, ..SAMPLE }, SamplingOptions { top_p: 0.9, ..SAMPLE }]
+        {
+            assert_eq!(counts(options, &logits, 100)[700], 100);
+        }
+    }
+
+    #[test]
+    fn largest_equals_a_full_sort() {
+        let mut state = 3;
+        for n in [1, 5, 100, 3000] {
+            // Few distinct values, so that there are ties.
+            let logits: Vec<f32> = (0..n).map(|_| (next_random(&mut state) * 50.0).floor()).collect();
+            let mut all: Vec<_> =
+                logits.iter().enumerate().map(|(id, &logit)| Candidate { id: id as u32, logit }).collect();
+            all.sort_by(rank);
+            for k in [1, 2, 40, 64, 256, 5000] {
+                let mut found = Vec::with_capacity(n);
+                largest(&logits, k, &mut found);
+                let ids = |c: &[Candidate]| c.iter().map(|c| c.id).collect::<Vec<_>>();
+                assert_eq!(ids(&found), ids(&all[..k.min(n)]), "n {n} k {k}");
+                assert!(found.capacity() == n);
+            }
+        }
+    }
+
+    #[test]
+    fn a_wide_nucleus_is_found_whole() {
+        // All equal: a nucleus of 0.9 has 900 of 1000 tokens.
+        let counts = counts(SamplingOptions { top_p: 0.9, ..SAMPLE }, &[1.0; 1000], 50_000);
+        assert!(counts[..900].iter().all(|&n| n > 0) && counts[901..].iter().all(|&n| n == 0));
+    }
+
+    #[test]
+    fn repetition_is_penalised_once_a_token() {
+        let mut sampler = sampler(SamplingOptions { repetition_penalty: 2.0, ..SamplingOptions::GREEDY }, 3);
+        sampler.observe(0);
+        sampler.observe(0);
+        sampler.observe(2);
+        let mut logits = [4.0, 1.5, -1.0];
+        assert_eq!(sample(&mut sampler, &mut logits), 0);
+        assert_eq!(logits, [2.0, 1.5, -2.0]);
+        sampler.forget();
+        assert_eq!(sample(&mut sampler, &mut logits), 0);
+        assert_eq!(logits, [2.0, 1.5, -2.0]);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_choices() {
+        let draw = |seed| {
+            let mut sampler = sampler(SamplingOptions { seed, ..SAMPLE }, 4);
+            (0..64).map(|_| sample(&mut sampler, &mut quarters())).collect::<Vec<_>>()
+        };
+        assert_eq!(draw(1), draw(1));
+        assert_ne!(draw(1), draw(2));
+    }
+
+    #[test]
+    fn options_outside_their_range_are_named() {
+        let error = |options| Sampler::new(options, 4, Isa::PORTABLE).err().unwrap().to_string();
+        assert!(error(SamplingOptions { top_p: 2.0, ..SAMPLE }).contains("top_p is 2"));
+        assert!(error(SamplingOptions { temperature: -1.0, ..SAMPLE }).contains("temperature is -1"));
+        assert!(error(SamplingOptions { min_p: f32::NAN, ..SAMPLE }).contains("min_p is NaN"));
+        assert!(
+            error(SamplingOptions { repetition_penalty: 0.0, ..SAMPLE }).contains("repetition_penalty is 0")
+        );
+    }
+}
