@@ -6,16 +6,36 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod digest;
+mod error;
+mod fingerprint;
+mod header;
 mod layout;
 mod pack;
+mod plan;
+mod prologue;
+mod section;
 mod source;
 #[cfg(test)]
 mod test_model;
 
 pub use config::{ARCHITECTURE_QWEN2, ConfigError, Qwen2Config};
+pub use digest::{Digest, ParseDigestError, sha256};
+pub use error::FormatError;
+pub use fingerprint::{LAYOUT_FINGERPRINT, layout_fingerprint};
+pub use header::{
+    ARENA_ALIGN, CHUNK_BYTES, FORMAT_MAJOR, FORMAT_MINOR, HEADER_BYTES, MAGIC, MAX_PROLOGUE_BYTES,
+    MAX_SECTION_BYTES, MAX_SECTIONS, SECTION_ALIGN,
+};
 pub use layout::{
     LayerLayout, PANEL, Qwen2Layout, ROW_BYTES, Span, TensorEntry, TensorKind, TensorRole, panel_bytes,
     panels_bytes, qwen2_weights_layout, vector_bytes,
 };
 pub use pack::{Counts, PackError, PackScratch, SourceDtype, TensorSource, pack_arena_range};
+pub use plan::{FilePlan, NewSection, plan_file};
+pub use prologue::{Prologue, Section, prologue_bytes};
+pub use section::{
+    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, GenerationDefaults, MAX_STOP_TOKENS, ORIGIN, ReportEntry,
+    TENSOR_TABLE, report_from_bytes, report_to_bytes, tensor_table,
+};
 pub use source::{SourceTensor, qwen2_source_count, qwen2_source_tensors};

@@ -1,6 +1,7 @@
 //! Configs that the tests share.
 
 use crate::config::Qwen2Config;
+use crate::fingerprint::FINGERPRINT_CONFIG;
 
 /// Qwen2.5-0.5B: tied, GQA 7:1.
 pub const QWEN2_0_5B: Qwen2Config = Qwen2Config {
@@ -30,16 +31,5 @@ pub const QWEN2_72B: Qwen2Config = Qwen2Config {
     ..QWEN2_0_5B
 };
 
-/// No size is a multiple of 32, and Q, K and V meet inside panels.
-pub const TINY: Qwen2Config = Qwen2Config {
-    hidden_size: 40,
-    intermediate_size: 72,
-    num_layers: 2,
-    num_heads: 6,
-    num_kv_heads: 2,
-    head_dim: 6,
-    vocab_size: 70,
-    max_position_embeddings: 128,
-    tie_word_embeddings: false,
-    ..QWEN2_0_5B
-};
+/// Small: no size is a multiple of 32, and Q, K and V meet inside a panel.
+pub const TINY: Qwen2Config = FINGERPRINT_CONFIG;
