@@ -1,0 +1,101 @@
+//! Throughput of `panel_product` on one thread, on the products of Qwen2.5-0.5B: bytes of weights and, as "items",
+//! floating-point operations a second.
+//!
+//! One row is decoding, 512 are prefill. Weights come from memory, as they do when a model runs: passes go round a
+//! buffer that is larger than caches are.
+
+use std::fmt;
+use std::sync::LazyLock;
+
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+use half::f16;
+use memmap2::MmapMut;
+use mrt_kernels::{
+    Epilogue, Isa, Lhs, Rhs, Window, panel_count, panel_len, panel_product, product_scratch_len,
+};
+
+const WEIGHT_BYTES: usize = 512 << 20;
+
+const HIDDEN: usize = 896;
+const QKV_COLUMNS: usize = 1152;
+const INTERMEDIATE: usize = 4864;
+const VOCAB: usize = 151_936;
+
+/// In huge pages where the system gives them, as the arenas of the runtime are.
+static WEIGHTS: LazyLock<MmapMut> = LazyLock::new(|| {
+    let mut map = MmapMut::map_anon(WEIGHT_BYTES).expect("memory");
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    bytemuck::cast_slice_mut::<u8, f16>(&mut map).fill(f16::from_f32(0.01));
+    map
+});
+
+/// The instruction set and the number of rows.
+struct Case {
+    isa: Isa,
+    rows: usize,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.isa.name(), self.rows)
+    }
+}
+
+/// Every vector instruction set with every number of rows.
+fn cases() -> impl Iterator<Item = Case> {
+    let isas = Isa::supported().filter(|&isa| isa != Isa::PORTABLE || isa == Isa::detect());
+    isas.flat_map(|isa| [1, 2, 4, 8, 32, 512].map(|rows| Case { isa, rows }))
+}
+
+#[divan::bench(args = cases(), max_time = 1)]
+fn qkv(bencher: Bencher<'_, '_>, case: &Case) {
+    product(bencher, case, HIDDEN, QKV_COLUMNS, Epilogue::Store);
+}
+
+#[divan::bench(args = cases(), max_time = 1)]
+fn attn_out(bencher: Bencher<'_, '_>, case: &Case) {
+    product(bencher, case, HIDDEN, HIDDEN, Epilogue::Add);
+}
+
+#[divan::bench(args = cases(), max_time = 1)]
+fn gate_up(bencher: Bencher<'_, '_>, case: &Case) {
+    product(bencher, case, HIDDEN, INTERMEDIATE, Epilogue::SwiGlu);
+}
+
+#[divan::bench(args = cases(), max_time = 1)]
+fn down(bencher: Bencher<'_, '_>, case: &Case) {
+    product(bencher, case, INTERMEDIATE, HIDDEN, Epilogue::Add);
+}
+
+#[divan::bench(args = cases(), max_time = 1)]
+fn lm_head(bencher: Bencher<'_, '_>, case: &Case) {
+    product(bencher, case, HIDDEN, VOCAB, Epilogue::Store);
+}
+
+/// The product of `case.rows` rows of `k` activations with panels that give `n` columns.
+fn product(bencher: Bencher<'_, '_>, case: &Case, k: usize, n: usize, epilogue: Epilogue) {
+    let &Case { isa, rows } = case;
+    let matrices = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+    let len = matrices * panel_count(n) * panel_len(k);
+    let weights: &[f16] = bytemuck::cast_slice(&WEIGHTS);
+    let x = vec![0.5; rows * k];
+    let mut y = vec![0.0; rows * n];
+    let mut scratch = vec![0.0; product_scratch_len(rows)];
+    let mut start = 0;
+    bencher
+        .counter(BytesCount::new(len * size_of::<f16>()))
+        .counter(ItemsCount::new(2 * rows * k * n * matrices))
+        .bench_local(|| {
+            let panels = &weights[start..][..len];
+            start = if start + 2 * len <= weights.len() { start + len } else { 0 };
+            let lhs = Lhs { x: &x, rows, stride: k, k };
+            let mut out = Window::new(&mut y, rows, n, n);
+            panel_product(isa, lhs, Rhs::weights(panels, k), epilogue, &mut out, &mut scratch);
+        });
+}
+
+fn main() {
+    divan::main();
+}
