@@ -6,6 +6,8 @@ pub mod arena;
 pub mod error;
 mod forward;
 mod generate;
+#[cfg(feature = "safetensors")]
+pub mod hf;
 mod kv_cache;
 mod ops;
 #[expect(unsafe_code, reason = "hands parts of borrowed data to other threads")]

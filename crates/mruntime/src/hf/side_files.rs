@@ -1,0 +1,98 @@
+//! The small files of a model directory that go into a `.mrt` file as they are.
+
+use std::path::Path;
+
+use serde::de::IgnoredAny;
+
+use super::{HfError, read_small_file};
+
+const NAMES: [&str; 9] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+];
+
+/// Licences ask to be passed on with the work, and Apache-2.0 asks the same for its notices.
+const LICENCE_PREFIXES: [&str; 2] = ["LICENSE", "NOTICE"];
+
+/// A file of the model directory with its content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SideFile {
+    /// File name, without directory.
+    pub name: String,
+    /// The whole content.
+    pub bytes: Vec<u8>,
+}
+
+/// Reads the known files that exist, in a fixed order, then the licence files by name.
+pub(super) fn read(dir: &Path) -> Result<Vec<SideFile>, HfError> {
+    let mut names: Vec<String> = NAMES.map(String::from).into();
+    let mut licences = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| HfError::io(dir, e))? {
+        let entry = entry.map_err(|e| HfError::io(dir, e))?;
+        // A name that is not UTF-8 begins with no known prefix that matters to anybody.
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        if LICENCE_PREFIXES.iter().any(|prefix| name.starts_with(prefix)) && dir.join(&name).is_file() {
+            licences.push(name);
+        }
+    }
+    licences.sort();
+    names.extend(licences);
+
+    let mut files = Vec::new();
+    for name in names {
+        let path = dir.join(&name);
+        let Some(bytes) = read_small_file(&path)? else { continue };
+        if bytes.starts_with(b"version https://git-lfs") {
+            return Err(HfError::bad(&path, "is a Git LFS pointer, not the file; run `git lfs pull`"));
+        }
+        if name.ends_with(".json") {
+            serde_json::from_slice::<IgnoredAny>(&bytes)
+                .map_err(|e| HfError::bad(&path, format!("is not JSON: {e}; fetch the file again")))?;
+        }
+        files.push(SideFile { name, bytes });
+    }
+    Ok(files)
+}
+
+/// The value of `license:` in the YAML front matter of README.md, as model cards have it.
+pub(super) fn licence(dir: &Path) -> Result<Option<String>, HfError> {
+    let Some(readme) = read_small_file(&dir.join("README.md"))? else { return Ok(None) };
+    Ok(front_matter_licence(&String::from_utf8_lossy(&readme)))
+}
+
+fn front_matter_licence(readme: &str) -> Option<String> {
+    let mut lines = readme.lines();
+    if lines.next()?.trim_end() != "---" {
+        return None;
+    }
+    let front_matter = lines.take_while(|line| line.trim_end() != "---");
+    let mut values = front_matter.filter_map(|line| line.strip_prefix("license:"));
+    let value = values.next()?.trim().trim_matches(['"', '\'']);
+    (!value.is_empty()).then(|| value.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_licence_in_the_front_matter_only() {
+        let licence = |readme: &str| front_matter_licence(readme);
+        assert_eq!(
+            licence("---\nlanguage: en\nlicense: apache-2.0\n---\n# Model\n").as_deref(),
+            Some("apache-2.0")
+        );
+        assert_eq!(licence("---\r\nlicense: \"mit\"\r\n---\r\n").as_deref(), Some("mit"));
+        assert_eq!(licence("---\nlanguage: en\n---\nlicense: mit\n"), None);
+        assert_eq!(licence("license: mit\n"), None);
+        assert_eq!(licence("---\nlicense:\n- mit\n---\n"), None);
+        assert_eq!(licence(""), None);
+    }
+}
