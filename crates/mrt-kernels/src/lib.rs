@@ -25,7 +25,7 @@ mod portable;
 
 pub use isa::Isa;
 pub use panel::{LANES, PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
-pub use peak::fma_peak;
+pub use peak::{fma_peak, read_peak};
 pub use product::{Epilogue, Lhs, Rhs, panel_product, product_scratch_len};
 pub use rows::{add, rms_norm, rope, scale, softmax};
 pub use window::Window;

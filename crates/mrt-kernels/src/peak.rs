@@ -1,4 +1,5 @@
-//! The rate at which the machine can multiply and add: what the products are measured against.
+//! What the machine can do at best with these vectors, which the products are measured against: read, and multiply
+//! and add.
 
 use std::hint::black_box;
 
@@ -10,6 +11,12 @@ use crate::panel::LANES;
 /// of floating-point operations, two per lane and multiply-add. Who takes the time has the f32 FMA peak of a core.
 pub fn fma_peak(isa: Isa, iterations: u64) -> u64 {
     dispatch!(isa, chains(iterations: u64) -> u64)
+}
+
+/// Reads all of `x` once, in order, and returns its greatest element (which element of a NaN is not specified). Who
+/// takes the time has the read bandwidth of a core.
+pub fn read_peak(isa: Isa, x: &[f32]) -> f32 {
+    dispatch!(isa, greatest(x: &[f32]) -> f32)
 }
 
 /// As many chains as the GEMM tile has accumulators: they fill the registers, and there are more of them than an FMA
@@ -38,9 +45,38 @@ unsafe fn rounds<L: Lanes, const CHAINS: usize>(iterations: u64) -> u64 {
     iterations * (CHAINS * LANES * 2) as u64
 }
 
+#[inline(always)]
+unsafe fn greatest<L: Lanes>(x: &[f32]) -> f32 {
+    let (blocks, rest) = x.as_chunks::<{ 4 * LANES }>();
+    // SAFETY: the instruction set is `dispatch!`'s promise.
+    let mut max = unsafe { [L::splat(f32::NEG_INFINITY); 4] };
+    for block in blocks {
+        for (max, x) in max.iter_mut().zip(block.as_chunks::<LANES>().0) {
+            // SAFETY: `x` has 16 elements; the instruction set is `dispatch!`'s promise.
+            *max = max.max(unsafe { L::load(x.as_ptr()) });
+        }
+    }
+    let greatest = max.into_iter().reduce(L::max).map_or(f32::NEG_INFINITY, |max| max.tree(f32::max));
+    rest.iter().copied().fold(greatest, f32::max)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_element_is_read() {
+        for isa in Isa::supported() {
+            assert_eq!(read_peak(isa, &[]), f32::NEG_INFINITY);
+            let mut x = [-1.0; 200];
+            for i in 0..200 {
+                x[i] = 1.0;
+                assert_eq!(read_peak(isa, &x), 1.0);
+                x[i] = -1.0;
+            }
+            assert_eq!(read_peak(isa, &x), -1.0);
+        }
+    }
 
     #[test]
     fn operations_are_counted_in_whole_rounds() {

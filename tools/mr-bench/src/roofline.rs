@@ -1,0 +1,115 @@
+//! What this machine can do at best, measured here and now: how fast it reads memory, and its f32 FMA peak.
+//!
+//! Decoding reads every weight once a token, so the read bandwidth bounds it; prefill multiplies, so the peak does.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use mrt_kernels::{Isa, fma_peak, read_peak};
+use mruntime::{Arena, Error, Pool, aligned_bytes};
+use serde::Serialize;
+
+/// What is read in one pass, 1 GiB: far more than any cache holds, as a model is.
+const READ_LEN: usize = 1 << 28;
+
+/// Rounds of multiply-adds in one pass: some milliseconds, so that forking and joining do not count.
+const FMA_ROUNDS: u64 = 1 << 22;
+
+/// Passes go on for this long, and there are at least three.
+const TIME: Duration = Duration::from_secs(1);
+
+/// The limits at one number of threads.
+#[derive(Serialize)]
+pub struct Roofline {
+    /// Threads at work.
+    pub threads: usize,
+    /// Sequential reading of anonymous memory (huge pages where the system gives them), one stream a thread, GB/s.
+    pub read_gb_s: Rate,
+    /// f32 multiply-adds in registers, GFLOP/s, for each instruction set.
+    pub fma_gflop_s: Vec<FmaPeak>,
+}
+
+/// The peak of one instruction set.
+#[derive(Serialize)]
+pub struct FmaPeak {
+    /// The instruction set's name.
+    pub isa: &'static str,
+    /// GFLOP/s, two operations per multiply-add.
+    #[serde(flatten)]
+    pub rate: Rate,
+}
+
+/// Several passes in short.
+#[derive(Serialize)]
+pub struct Rate {
+    /// The fastest pass.
+    pub best: f64,
+    /// The median pass.
+    pub median: f64,
+}
+
+/// Measures the limits for each number of threads.
+///
+/// # Errors
+/// When the memory or a thread cannot be had.
+pub fn measure(threads: &[usize]) -> Result<Vec<Roofline>, Error> {
+    let mut arena = Arena::new(aligned_bytes::<f32>(READ_LEN))?;
+    let memory = arena.bump().alloc::<f32>(READ_LEN)?;
+    // Pages come into being when they are first written.
+    memory.fill(1.0);
+    let mut rooflines = Vec::new();
+    for &threads in threads {
+        let mut pool = Pool::new(threads)?;
+        let read_gb_s = passes(size_of_val(memory) as f64, || read(&mut pool, memory));
+        let fma_gflop_s = instruction_sets().map(|isa| {
+            let operations = fma_peak(isa, 1) as f64 * FMA_ROUNDS as f64 * threads as f64;
+            let rate = passes(operations, || pool.run(threads, |_, _| _ = fma_peak(isa, FMA_ROUNDS)));
+            FmaPeak { isa: isa.name(), rate }
+        });
+        rooflines.push(Roofline { threads, read_gb_s, fma_gflop_s: fma_gflop_s.collect() });
+    }
+    Ok(rooflines)
+}
+
+/// Prints the limits as a table.
+pub fn print(rooflines: &[Roofline]) {
+    println!("threads  limit                 unit       best    median");
+    let row = |threads, limit: &str, unit, rate: &Rate| {
+        println!("{threads:>7}  {limit:<20}  {unit:<7}  {:>6.1}    {:>6.1}", rate.best, rate.median);
+    };
+    for roofline in rooflines {
+        row(roofline.threads, "memory read", "GB/s", &roofline.read_gb_s);
+        for peak in &roofline.fma_gflop_s {
+            row(roofline.threads, &format!("f32 FMA, {}", peak.isa), "GFLOP/s", &peak.rate);
+        }
+    }
+}
+
+/// The vector instruction sets; the portable path, which may have to compute an FMA in software, where there is none.
+fn instruction_sets() -> impl Iterator<Item = Isa> {
+    let only_portable = Isa::supported().count() == 1;
+    Isa::supported().filter(move |&isa| isa != Isa::PORTABLE || only_portable)
+}
+
+/// Reads all of `x`, each thread one stream.
+fn read(pool: &mut Pool, x: &[f32]) {
+    let threads = pool.threads();
+    let isa = Isa::detect();
+    pool.run(threads, |_, i| {
+        black_box(read_peak(isa, &x[i * x.len() / threads..(i + 1) * x.len() / threads]));
+    });
+}
+
+/// Repeats a pass over `amount` of work; in 10^9 a second.
+fn passes(amount: f64, mut pass: impl FnMut()) -> Rate {
+    pass();
+    let mut rates = Vec::new();
+    let start = Instant::now();
+    while rates.len() < 3 || start.elapsed() < TIME {
+        let begin = Instant::now();
+        pass();
+        rates.push(amount / begin.elapsed().as_secs_f64() / 1e9);
+    }
+    rates.sort_by(f64::total_cmp);
+    Rate { best: rates[rates.len() - 1], median: rates[rates.len() / 2] }
+}
