@@ -54,7 +54,8 @@ impl std::error::Error for ConfigError {}
 impl Qwen2Config {
     /// Checks every field against the limits of the format, in the order of declaration.
     ///
-    /// After it no size computed from the config overflows a `u64`: the largest arena has fewer than 2^50 bytes.
+    /// After it no size computed from the config overflows a `u64`: the largest arena has fewer than 2^50
+    /// bytes.
     ///
     /// # Errors
     /// The first field that is outside its range, with its value.
@@ -94,7 +95,8 @@ impl Qwen2Config {
         Ok(())
     }
 
-    /// Width of all query heads together, `num_heads * head_dim`: columns of Q, inputs of the output projection.
+    /// Width of all query heads together, `num_heads * head_dim`: columns of Q, inputs of the output
+    /// projection.
     pub fn attention_width(&self) -> usize {
         self.num_heads as usize * self.head_dim as usize
     }

@@ -3,7 +3,8 @@
 use crate::config::ConfigError;
 use crate::digest::Digest;
 
-/// Why a `.mrt` file is refused: one variant per step of the validation algorithm in `format-spec.md`, in its order.
+/// Why a `.mrt` file is refused: one variant per step of the validation algorithm in `format-spec.md`, in its
+/// order.
 ///
 /// The text is one line without the file's name.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]

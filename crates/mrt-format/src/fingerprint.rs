@@ -29,9 +29,10 @@ pub const LAYOUT_FINGERPRINT: Digest = Digest([
     0x75, 0x85, 0xa0, 0x20, 0x18, 0x1d, 0x7a, 0xeb, 0x4e, 0xb2, 0xf2, 0x88, 0x74, 0xc5, 0xf9,
 ]);
 
-/// Packs pseudo-random BF16 tensors by [`FINGERPRINT_CONFIG`] and returns the SHA-256 of the arena.
+/// Packs the pseudo-random BF16 tensors of a small config and returns the SHA-256 of the arena.
 ///
-/// It depends on the whole of the layout and of packing: order, panels, biases, interleaving, padding, rounding.
+/// It depends on the whole of the layout and of packing: order, panels, biases, interleaving, padding,
+/// rounding.
 pub fn layout_fingerprint() -> Digest {
     let cfg = &FINGERPRINT_CONFIG;
     let layout = qwen2_weights_layout(cfg);
@@ -50,7 +51,8 @@ pub fn layout_fingerprint() -> Digest {
     sha256(&arena)
 }
 
-/// BF16 tensors whose elements, numbered through all tensors in order, come from a SplitMix64 generator of seed 0.
+/// BF16 tensors whose elements, numbered through all tensors in order, come from a SplitMix64 generator of
+/// seed 0.
 struct RandomSource {
     /// Number of the first element of each tensor.
     first: Vec<u64>,
@@ -76,8 +78,8 @@ fn splitmix64(i: u64) -> u64 {
     z ^ z >> 31
 }
 
-/// A BF16 value with sign and mantissa from the low bits of `z` and an exponent from 2^-27 to 2^12, so that some values
-/// are exact in FP16, some round and some flush to zero.
+/// A BF16 value with sign and mantissa from the low bits of `z` and an exponent from 2^-27 to 2^12, so that
+/// some values are exact in FP16, some round and some flush to zero.
 fn bf16_bits(z: u64) -> u16 {
     let exponent = 100 + ((z >> 32) % 40) as u16;
     z as u16 & 0x807f | exponent << 7

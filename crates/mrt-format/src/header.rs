@@ -6,8 +6,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::config::{ARCHITECTURE_QWEN2, Qwen2Config};
 use crate::digest::Digest;
 
-/// First bytes of every file. A byte above 127, both kinds of line end and a control-Z show damage by transfers
-/// that take the file for a text, as in PNG.
+/// First bytes of every file. A byte above 127, both kinds of line end and a control-Z show damage by
+/// transfers that take the file for a text, as in PNG.
 pub const MAGIC: [u8; 8] = *b"\x89MRT\r\n\x1a\n";
 /// Major version of the format that this crate reads and writes.
 pub const FORMAT_MAJOR: u16 = 1;
@@ -131,5 +131,35 @@ impl RawHeader {
         let start = HEADER_BYTES as u64 + directory;
         let chunks = self.arena_bytes.get().div_ceil(CHUNK_BYTES);
         (start, start + chunks * size_of::<Digest>() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rows of the specification's table for the fields of a struct, from their places in it.
+    macro_rules! rows {
+        ($raw:ty: $($field:ident)*) => {
+            [$({
+                let size = |raw: &$raw| size_of_val(&raw.$field);
+                let zero = <$raw>::read_from_bytes(&[0; size_of::<$raw>()]).unwrap();
+                format!("| {} | {} | `{}` |", std::mem::offset_of!($raw, $field), size(&zero), stringify!($field))
+            }),*]
+        };
+    }
+
+    #[test]
+    fn fields_are_where_the_specification_has_them() {
+        let spec =
+            std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../format-spec.md")).unwrap();
+        let header = rows![RawHeader: magic major minor header_bytes required_features optional_features file_bytes
+            arena_offset arena_bytes section_count chunk_bytes architecture hidden_size intermediate_size num_layers
+            num_heads num_kv_heads head_dim vocab_size max_position_embeddings config_flags rms_norm_eps rope_theta
+            reserved_config layout_fingerprint root_digest reserved];
+        let directory = rows![RawSection: name flags reserved offset bytes sha256 reserved_end];
+        for row in header.iter().chain(&directory) {
+            assert!(spec.contains(row), "not in format-spec.md: {row}");
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! Every offset of the weight arena, as a pure function of the config.
 //!
-//! The arena holds the tensors in the order in which a forward pass uses them, without gaps: the embedding (untied
-//! models only), then per layer attention norm, QKV, attention output, MLP norm, gate and up, down; then the final
-//! norm and the LM head (which is also the embedding of tied models). Every tensor is a whole number of 64-byte rows.
+//! The arena holds the tensors in the order in which a forward pass uses them, without gaps: the embedding
+//! (untied models only), then per layer attention norm, QKV, attention output, MLP norm, gate and up, down;
+//! then the final norm and the LM head (which is also the embedding of tied models). Every tensor is a whole
+//! number of 64-byte rows.
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
 //! The `.mrt` model file: header, sections, weight layout, packing, digests and validation.
 //!
-//! The crate does no I/O: it turns bytes into checked structures and structures into bytes. `format-spec.md` in the
-//! repository's root specifies the format; names are the same there and here.
+//! The crate does no I/O: it turns bytes into checked structures and structures into bytes. `format-spec.md`
+//! in the repository's root specifies the format; names are the same there and here.
 
 #![forbid(unsafe_code)]
 

@@ -82,11 +82,12 @@ impl FilePlan {
         &self.prologue
     }
 
-    /// All bytes before the arena (prologue, sections and padding; up to `arena_offset`), and the root digest.
+    /// All bytes before the arena (prologue, sections and padding; up to `arena_offset`), and the root
+    /// digest.
     ///
     /// # Panics
-    /// If the contents (of the planned sections, without the tensor table) or the digests (of the arena's chunks) are not as
-    /// many as planned, or a content has another length.
+    /// If the contents (of the planned sections, without the tensor table) or the digests (of the arena's
+    /// chunks) are not as many as planned, or a content has another length.
     pub fn head(&self, contents: &[&[u8]], chunks: &[Digest]) -> (Vec<u8>, Digest) {
         let table = tensor_table(self.prologue.config());
         let contents = [&[table.as_slice()], contents].concat();

@@ -14,9 +14,11 @@ use crate::header::{
 use crate::layout::{Qwen2Layout, Span, qwen2_weights_layout};
 use crate::section::{KNOWN_SECTIONS, TENSOR_TABLE, check_tensor_table, fixed_section_bytes};
 
-/// How many bytes from the start of the file [`Prologue::parse`] needs: header, directory and chunk table, at most 64 MiB.
+/// How many bytes from the start of the file [`Prologue::parse`] needs: header, directory and chunk table, at
+/// most 64 MiB.
 ///
-/// `first` holds the first 512 bytes of the file (all, if there are fewer), `actual_file_bytes` is the file's length.
+/// `first` holds the first 512 bytes of the file (all, if there are fewer), `actual_file_bytes` is the file's
+/// length.
 ///
 /// # Errors
 /// The first failing step from 1 to 11.
@@ -227,7 +229,8 @@ impl Prologue {
         self.sections.iter().find(|section| section.name == name)
     }
 
-    /// First byte of the arena in the file, a multiple of 2 MiB. The arena's length is `layout().arena_bytes`.
+    /// First byte of the arena in the file, a multiple of 2 MiB. The arena's length is
+    /// `layout().arena_bytes`.
     pub fn arena_offset(&self) -> u64 {
         self.arena_offset
     }
@@ -253,8 +256,8 @@ impl Prologue {
         &self.chunks[i]
     }
 
-    /// The parts of the file that must be zeros, as offset and length: before each section and before the arena. No
-    /// digest covers them.
+    /// The parts of the file that must be zeros, as offset and length: before each section and before the
+    /// arena. No digest covers them.
     pub fn padding(&self) -> impl Iterator<Item = (u64, u64)> {
         let starts = self.sections.iter().map(|section| section.offset).chain([self.arena_offset]);
         let ends = self.sections.iter().map(|section| section.offset + section.bytes);

@@ -127,8 +127,8 @@ pub fn report_to_bytes(report: &[ReportEntry]) -> Vec<u8> {
 /// Reads a conversion report.
 ///
 /// # Errors
-/// [`FormatError::BadSectionBytes`] if the length is wrong, [`FormatError::BadReport`] if a record has an unknown element
-/// type or does not account for every element of its tensor.
+/// [`FormatError::BadSectionBytes`] if the length is wrong, [`FormatError::BadReport`] if a record has an
+/// unknown element type or does not account for every element of its tensor.
 pub fn report_from_bytes(cfg: &Qwen2Config, bytes: &[u8]) -> Result<Vec<ReportEntry>, FormatError> {
     let records = records::<RawReport>(cfg, CONVERSION_REPORT, bytes)?;
     let entry = |(raw, tensor): (&RawReport, crate::SourceTensor)| {
@@ -180,9 +180,11 @@ pub struct GenerationDefaults {
     pub temperature: f32,
     /// Nucleus sampling: the likeliest tokens that reach this probability together; above 0, 1 for all.
     pub top_p: f32,
-    /// Tokens less likely than this share of the likeliest one's probability are left out, from 0 (none) to 1.
+    /// Tokens less likely than this share of the likeliest one's probability are left out, from 0 (none) to
+    /// 1.
     pub min_p: f32,
-    /// Divisor of positive, multiplier of negative logits of tokens that occurred, above 0 to 100; 1 for none.
+    /// Divisor of positive, multiplier of negative logits of tokens that occurred, above 0 to 100; 1 for
+    /// none.
     pub repetition_penalty: f32,
     /// The number of likeliest tokens to choose from; 0 for all.
     pub top_k: u32,
@@ -230,7 +232,8 @@ impl GenerationDefaults {
     /// The section's 128 bytes.
     ///
     /// # Errors
-    /// [`FormatError::BadGeneration`] if a field is outside its range, so that every section written can be read.
+    /// [`FormatError::BadGeneration`] if a field is outside its range, so that every section written can be
+    /// read.
     pub fn to_bytes(&self, cfg: &Qwen2Config) -> Result<Vec<u8>, FormatError> {
         let mut stop_tokens = [U32::ZERO; MAX_STOP_TOKENS];
         for (raw, &token) in stop_tokens.iter_mut().zip(&self.stop_tokens) {
@@ -258,8 +261,8 @@ impl GenerationDefaults {
     /// Reads the section.
     ///
     /// # Errors
-    /// [`FormatError::BadSectionBytes`] if there are not 128 bytes, [`FormatError::BadGeneration`] if a field is outside
-    /// its range or what must be zero is not.
+    /// [`FormatError::BadSectionBytes`] if there are not 128 bytes, [`FormatError::BadGeneration`] if a field
+    /// is outside its range or what must be zero is not.
     pub fn from_bytes(cfg: &Qwen2Config, bytes: &[u8]) -> Result<GenerationDefaults, FormatError> {
         let raw = &records::<RawGeneration>(cfg, GENERATION, bytes)?[0];
         let bad = |field, value: String, expected: &str| {
