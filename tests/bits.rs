@@ -1,0 +1,63 @@
+//! The numerics contract on whole models: the same bits on every machine, which the stored logits prove, and with
+//! every instruction set, number of threads and division of the text into calls and batches.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use mruntime::Isa;
+use mruntime_tests::{Run, TinyModel, bits, goldens, logits, read_f32};
+
+/// The logits after each prompt, f32 little-endian `[prompts][vocab]`.
+fn stored(model: &TinyModel) -> PathBuf {
+    goldens().join("bits").join(format!("{}.bin", model.name()))
+}
+
+/// The logits after each prompt of the model, computed in that way.
+fn last_logits(model: &TinyModel, run: Run) -> Vec<f32> {
+    let (cfg, weights) = model.load();
+    let last = |ids: &[u32]| logits(&cfg, weights.bytes(), ids, run).split_off((ids.len() - 1) * model.vocab);
+    model.prompts.iter().flat_map(|prompt| last(&prompt.ids)).collect()
+}
+
+#[test]
+fn every_instruction_set_gives_the_stored_bits() {
+    for model in TinyModel::all() {
+        let want = bits(&read_f32(&stored(&model)));
+        for isa in Isa::supported() {
+            let run = Run { isa, ..Run::usual() };
+            assert!(bits(&last_logits(&model, run)) == want, "{} {run:?}", model.name());
+        }
+    }
+}
+
+#[test]
+fn threads_and_batches_change_no_bit() {
+    // Between them: GQA 7:1 and 2:1, tied and untied, an odd vocabulary.
+    for name in ["gqa7_hd32", "tied", "vocab_odd"] {
+        let model = TinyModel::named(name);
+        let (cfg, weights) = model.load();
+        let tokens = &model.prompts.iter().max_by_key(|prompt| prompt.ids.len()).unwrap().ids;
+        let want = bits(&logits(&cfg, weights.bytes(), tokens, Run::REFERENCE));
+        for isa in Isa::supported() {
+            for threads in [1, 2, 3, 8] {
+                for (split, batch) in [(1, 1), (2, 2), (7, 7), (32, 32), (64, 64), (64, 7), (7, 2)] {
+                    let run = Run { isa, threads, split, batch };
+                    assert!(bits(&logits(&cfg, weights.bytes(), tokens, run)) == want, "{name} {run:?}");
+                }
+            }
+        }
+    }
+}
+
+/// For a change that moves bits on purpose: `cargo test -p mruntime-tests --test bits -- --ignored`.
+#[test]
+#[ignore = "writes the files that the other tests compare with"]
+fn write_the_stored_logits() {
+    std::fs::create_dir_all(goldens().join("bits")).unwrap();
+    for model in TinyModel::all() {
+        let numbers = last_logits(&model, Run::REFERENCE);
+        let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+        std::fs::write(stored(&model), bytes).unwrap();
+    }
+}
