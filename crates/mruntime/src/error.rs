@@ -1,8 +1,43 @@
 //! What can go wrong: one line that says what, where and what to do.
 
+use std::path::PathBuf;
+
+use mrt_format::FormatError;
+
 /// An error of the runtime.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A file cannot be read or mapped.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file is not what the format says.
+    #[error("{}: {problem}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// The rule that it breaks.
+        #[source]
+        problem: FormatError,
+    },
+    /// A full check has found damage.
+    #[error("{}: damaged: {}; get the file again", path.display(), list_damage(problems))]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Every damaged section, padding and chunk.
+        problems: Vec<FormatError>,
+    },
+    /// A model in memory at an address where its weights cannot be used.
+    #[error("the model begins at address {address:#x}; align its bytes to 64")]
+    Unaligned {
+        /// Where it begins.
+        address: usize,
+    },
     /// A pool of this many threads cannot be had.
     #[error("cannot run on {threads} threads: {reason}")]
     Threads {
@@ -88,4 +123,27 @@ pub enum Error {
         /// What it may be.
         expected: &'static str,
     },
+}
+
+/// Damaged places in a list; chunks that follow one another are one place.
+fn list_damage(problems: &[FormatError]) -> String {
+    let is_next = |a: &FormatError, b: &FormatError| {
+        matches!((a, b), (FormatError::ChunkDamaged { index: a, .. }, FormatError::ChunkDamaged { index: b, .. })
+            if a + 1 == *b)
+    };
+    let places = problems.chunk_by(is_next).map(|run| match (&run[0], &run[run.len() - 1]) {
+        (
+            FormatError::ChunkDamaged { index: a, offset, .. },
+            FormatError::ChunkDamaged { index: b, end, .. },
+        ) => {
+            let chunks = if a == b { format!("chunk {a}") } else { format!("chunks {a} to {b}") };
+            format!("{chunks} (bytes {offset} to {end})")
+        }
+        (FormatError::SectionDamaged { name, offset, end }, _) => {
+            format!("section {name} (bytes {offset} to {end})")
+        }
+        (FormatError::PaddingNotZero { offset }, _) => format!("padding (byte {offset})"),
+        (problem, _) => problem.to_string(),
+    });
+    places.collect::<Vec<_>>().join(", ")
 }

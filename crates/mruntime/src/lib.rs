@@ -9,6 +9,9 @@ mod generate;
 #[cfg(feature = "safetensors")]
 pub mod hf;
 mod kv_cache;
+#[expect(unsafe_code, reason = "maps files")]
+mod mapping;
+mod model;
 mod ops;
 #[expect(unsafe_code, reason = "hands parts of borrowed data to other threads")]
 pub mod pool;
@@ -24,7 +27,8 @@ pub use forward::{
 };
 pub use generate::{GenerateOptions, Generated, StopReason, qwen2_generate};
 pub use kv_cache::{KvCache, qwen2_init_kv_cache};
-pub use mrt_format::Qwen2Config;
+pub use model::{Backing, Model, OpenOptions, Verify};
+pub use mrt_format::{Digest, FormatError, GenerationDefaults, Qwen2Config};
 pub use mrt_kernels::Isa;
 pub use pool::{Blocks, Chunks, PerWorker, Pool, Split};
 pub use sampling::{Sampler, SamplingOptions, argmax, sample};
