@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 
+use mrt_format::GenerationDefaults;
 use mrt_kernels::Isa;
 
 use crate::error::Error;
@@ -35,6 +36,18 @@ impl SamplingOptions {
         repetition_penalty: 1.0,
         seed: 0,
     };
+
+    /// The defaults that a model came with.
+    pub fn from_defaults(defaults: &GenerationDefaults, seed: u64) -> SamplingOptions {
+        SamplingOptions {
+            temperature: if defaults.do_sample { defaults.temperature } else { 0.0 },
+            top_k: defaults.top_k,
+            top_p: defaults.top_p,
+            min_p: defaults.min_p,
+            repetition_penalty: defaults.repetition_penalty,
+            seed,
+        }
+    }
 
     fn check(&self) -> Result<(), Error> {
         let options = [
