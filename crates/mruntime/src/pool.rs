@@ -702,6 +702,31 @@ mod tests {
     }
 
     #[test]
+    fn blocks_cover_a_window_and_nothing_else() {
+        let (stride, rows, columns) = (12, 5, 10);
+        for threads in [1, 3] {
+            for (block_rows, block_columns) in [(1, 1), (2, 4), (5, 10), (9, 99), (3, 10)] {
+                let mut matrix = vec![0.0; rows * stride];
+                let window = Window::new(&mut matrix, rows, columns, stride);
+                let blocks = Blocks::new(window, block_rows, block_columns);
+                let across = blocks.across();
+                pool(threads).run_split(blocks, |_, i, mut block| {
+                    for row in 0..block.rows() {
+                        for (column, x) in block.row(row).iter_mut().enumerate() {
+                            let (row, column) =
+                                (i / across * block_rows + row, i % across * block_columns + column);
+                            *x += (row * stride + column + 1) as f32;
+                        }
+                    }
+                });
+                for (i, &x) in matrix.iter().enumerate() {
+                    assert_eq!(x, if i % stride < columns { i as f32 + 1.0 } else { 0.0 });
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_tuple_splits_both_and_per_worker_data_persists() {
         let mut pool = pool(3);
         let (mut a, mut b, mut counts) = (vec![0u8; 50], vec![0u16; 100], vec![0usize; 3 * 16 + 1]);
