@@ -247,8 +247,8 @@ mod tests {
 
     #[test]
     fn the_limits_leave_room_for_long_conversations() {
-        let message = |i: usize| json!({"role": ["user", "assistant"][i % 2], "content": "word ".repeat(20)});
-        let messages: Vec<_> = (0..10_000).map(message).collect();
+        let message = |role: &str| json!({"role": role, "content": "word ".repeat(20)});
+        let messages = vec![[message("user"), message("assistant")]; 5_000].concat();
         let source = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}\
             {% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}";
         let template = ChatTemplate::new(source, &SpecialTokenNames::default()).unwrap();
