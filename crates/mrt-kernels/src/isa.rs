@@ -14,6 +14,8 @@ pub(crate) enum Kind {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Isa {
@@ -33,6 +35,8 @@ impl Isa {
             Kind::Avx2,
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512,
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon,
         ];
         ALL.iter().copied().filter(|kind| kind.is_detected()).map(Isa)
     }
@@ -42,7 +46,7 @@ impl Isa {
         Isa::supported().find(|isa| isa.name() == name)
     }
 
-    /// `portable`, `avx2` or `avx512`.
+    /// `portable`, `avx2`, `avx512` or `neon`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Portable => "portable",
@@ -50,6 +54,8 @@ impl Isa {
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => "neon",
         }
     }
 }
@@ -66,6 +72,8 @@ impl Kind {
             }
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => is_x86_feature_detected!("avx512f") && Kind::Avx2.is_detected(),
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => std::arch::is_aarch64_feature_detected!("neon"),
         }
     }
 }
@@ -96,6 +104,16 @@ macro_rules! dispatch {
                 }
                 // SAFETY: an `Isa` proves that its features were detected.
                 unsafe { on_avx512($($arg),*) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            $crate::isa::Kind::Neon => {
+                #[target_feature(enable = "neon")]
+                unsafe fn on_neon($($arg: $ty),*) $(-> $ret)? {
+                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
+                    unsafe { $function::<$crate::neon::Lanes16>($($arg),*) }
+                }
+                // SAFETY: an `Isa` proves that its features were detected.
+                unsafe { on_neon($($arg),*) }
             }
         }
     };

@@ -20,11 +20,22 @@ pub(crate) trait Lanes: Copy {
     const TILE_GROUPS: usize;
     /// Rows up to which the registers hold all 32 columns of a panel beside its widened FP16 row.
     const DIRECT_ROWS: usize;
+    /// Whether a product should take four inputs of a row at a time ([`Lanes::splat_4`]): where an FMA can pick one
+    /// lane of an operand, and a broadcast from memory would be an instruction of its own.
+    const SPLAT_4: bool = false;
 
     /// All lanes `x`.
     /// # Safety
     /// The machine has this instruction set.
     unsafe fn splat(x: f32) -> Self;
+    /// All lanes `p[0]`, all lanes `p[1]`, and so on.
+    /// # Safety
+    /// The machine has this instruction set; `p` may be read for 4 f32. No alignment is needed.
+    #[inline(always)]
+    unsafe fn splat_4(p: *const f32) -> [Self; 4] {
+        // SAFETY: the same contract.
+        std::array::from_fn(|i| unsafe { Self::splat(*p.add(i)) })
+    }
     /// 16 consecutive f32.
     /// # Safety
     /// The machine has this instruction set; `p` may be read for 16 f32. No alignment is needed.
@@ -78,5 +89,66 @@ pub(crate) trait Lanes: Copy {
             }
         }
         a[0]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::{Isa, dispatch};
+
+    #[inline(always)]
+    unsafe fn widen_16<L: Lanes>(h: &[f16; 16]) -> [f32; 16] {
+        // SAFETY: 16 elements; the instruction set is `dispatch!`'s promise.
+        unsafe { L::widen(h.as_ptr()).to_array() }
+    }
+
+    #[inline(always)]
+    unsafe fn narrow_16<L: Lanes>(x: &[f32; 16]) -> [f16; 16] {
+        let mut h = [f16::ZERO; 16];
+        // SAFETY: 16 elements each; the instruction set is `dispatch!`'s promise.
+        unsafe { L::load(x.as_ptr()).narrow(h.as_mut_ptr()) };
+        h
+    }
+
+    #[test]
+    fn every_fp16_number_widens_exactly() {
+        for isa in Isa::supported() {
+            for start in (0..=u16::MAX).step_by(16) {
+                let h: &[f16; 16] = &std::array::from_fn(|i| f16::from_bits(start + i as u16));
+                let got: [f32; 16] = dispatch!(isa, widen_16(h: &[f16; 16]) -> [f32; 16]);
+                for (h, got) in h.iter().zip(got) {
+                    let want = h.to_f32_const();
+                    assert!(
+                        want.to_bits() == got.to_bits() || want.is_nan() && got.is_nan(),
+                        "{} {:#06x}",
+                        isa.name(),
+                        h.to_bits()
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even_and_saturates() {
+        for isa in Isa::supported() {
+            // Each FP16 number, the midpoint above it, and the numbers on both sides of the midpoint.
+            for bits in 0..0x7c00 {
+                let low = f16::from_bits(bits).to_f32_const();
+                let high = if bits == 0x7bff { 65536.0 } else { f16::from_bits(bits + 1).to_f32_const() };
+                let middle = (low + high) / 2.0;
+                let x = [low, middle.next_down(), middle, middle.next_up()];
+                let x: &[f32; 16] = &std::array::from_fn(|i| if i < 8 { x[i % 4] } else { -x[i % 4] });
+                let got: [f16; 16] = dispatch!(isa, narrow_16(x: &[f32; 16]) -> [f16; 16]);
+                for (x, got) in x.iter().zip(got) {
+                    let want = f16::from_f32_const(x.clamp(-F16_MAX, F16_MAX));
+                    assert_eq!(want.to_bits(), got.to_bits(), "{} {x}", isa.name());
+                }
+            }
+            let x: &[f32; 16] = &[1e9; 16];
+            let got: [f16; 16] = dispatch!(isa, narrow_16(x: &[f32; 16]) -> [f16; 16]);
+            assert_eq!(got, [f16::MAX; 16]);
+        }
     }
 }

@@ -311,7 +311,23 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
                 *sum = L::load(sums.add(r * PANEL + g * LANES));
             }
         }
-        for i in 0..k {
+        let mut first = 0;
+        if L::SPLAT_4 {
+            while first + 4 <= k {
+                let x: [[L; 4]; R] = std::array::from_fn(|r| L::splat_4(x.add(r * x_stride + first)));
+                for j in 0..4 {
+                    let b = b.add((first + j) * b_stride);
+                    for g in 0..G {
+                        let w: L = E::lanes(b.add(g * LANES));
+                        for (row, x) in acc.iter_mut().zip(x) {
+                            row[g] = x[j].fma(w, row[g]);
+                        }
+                    }
+                }
+                first += 4;
+            }
+        }
+        for i in first..k {
             let mut w = [L::splat(0.0); G];
             for (g, w) in w.iter_mut().enumerate() {
                 *w = E::lanes(b.add(i * b_stride + g * LANES));
