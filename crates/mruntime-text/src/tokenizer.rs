@@ -34,7 +34,7 @@ impl Tokenizer {
     /// [`TextError::Tokenizer`] if it is not a valid tokenizer.json, or its decoder is not `ByteLevel`.
     pub fn from_json(json: &[u8]) -> Result<Tokenizer, TextError> {
         let inner =
-            tokenizers::Tokenizer::from_bytes(json).map_err(|e| TextError::Tokenizer(e.to_string()))?;
+            without_panic(|| tokenizers::Tokenizer::from_bytes(json)).map_err(TextError::Tokenizer)?;
         if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
             return Err(TextError::Tokenizer(
                 "the decoder is not ByteLevel: only byte-level BPE, the tokenizer of Qwen2 models, is supported"
@@ -61,15 +61,15 @@ impl Tokenizer {
             SpecialTokens::AsText => &self.no_added_tokens,
         };
         // The library's own steps of encoding, spelled out to choose the added tokens for each text.
-        let mut pieces = added.extract_and_normalize(self.inner.get_normalizer(), text);
-        let encoding = match self.inner.get_pre_tokenizer() {
-            Some(pre_tokenizer) => pre_tokenizer.pre_tokenize(&mut pieces),
-            None => Ok(()),
-        }
-        .and_then(|()| self.inner.get_model().tokenize_in_pretokenized(&mut pieces, None))
-        .and_then(|()| pieces.into_encoding(None, 0, OffsetType::None))
-        .map_err(|e| TextError::Encode(e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        let encoding = without_panic(|| {
+            let mut pieces = added.extract_and_normalize(self.inner.get_normalizer(), text);
+            if let Some(pre_tokenizer) = self.inner.get_pre_tokenizer() {
+                pre_tokenizer.pre_tokenize(&mut pieces)?;
+            }
+            self.inner.get_model().tokenize_in_pretokenized(&mut pieces, None)?;
+            pieces.into_encoding(None, 0, OffsetType::None)
+        });
+        Ok(encoding.map_err(TextError::Encode)?.get_ids().to_vec())
     }
 
     /// The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary become nothing.
@@ -114,6 +114,16 @@ impl Tokenizer {
     /// Whether an id is a special token, one that `skip_special` leaves out of decoded text.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
+    }
+}
+
+/// Runs a part of the tokenizers library. It panics on some broken tokenizer.json files, at loading or at encoding.
+fn without_panic<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(_) => {
+            Err("the tokenizers library panicked: tokenizer.json is broken or not a Qwen2 model's".to_owned())
+        }
     }
 }
 
@@ -194,6 +204,11 @@ mod tests {
             error(&testing::json(&format!(r#"{pre_tokenizer} "decoder": {{"type": "Fuse"}}"#))),
             "tokenizer.json: the decoder is not ByteLevel: only byte-level BPE, the tokenizer of Qwen2 models, is supported"
         );
+        let panics =
+            testing::JSON_TAIL.replacen('{', r#"{"type": "FixedLength", "length": 0}, "unused": {"#, 1);
+        let tokenizer = Tokenizer::from_json(testing::json(&panics).as_bytes()).unwrap();
+        let error_of_panic = tokenizer.encode("hi", SpecialTokens::Parse).unwrap_err().to_string();
+        assert!(error_of_panic.contains("tokenizers library panicked"), "{error_of_panic}");
         for json in ["", "{}", "[1]", "{\"model\": 3}"] {
             assert!(error(json).starts_with("tokenizer.json: "), "{json}");
         }
