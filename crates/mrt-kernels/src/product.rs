@@ -12,9 +12,9 @@ use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
 use crate::window::Window;
 
-/// Rows of k that are widened to f32 at a time: half a panel's block, 16 KiB, stays in the L1 cache while all
-/// rows of the left-hand side pass over it.
-const K_BLOCK: usize = 256;
+/// Rows of k that are widened to f32 at a time: 128 KiB, which stay in the L2 cache while all rows of the left-hand
+/// side pass over them. Shorter blocks would fit the L1 cache, but load and store the sums more often.
+const K_BLOCK: usize = 1024;
 
 /// Rows of k after which a small batch changes to the other half of the panel: 4 KiB of FP16, so that the second
 /// half finds the block in the L1 cache.
@@ -111,18 +111,17 @@ unsafe fn product<L: Lanes>(
     scratch: &mut [f32],
 ) {
     let (wide, sums) = scratch.split_at_mut(K_BLOCK * PANEL);
-    let (sums, up) = sums.split_at_mut(lhs.rows * PANEL);
+    let tile_len = lhs.rows * PANEL;
+    let panels_per_output = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
     for (j, start) in (0..y.columns()).step_by(PANEL).enumerate() {
         let columns = PANEL.min(y.columns() - start);
         // SAFETY: `panel_product` asserted that all panels are there, that `lhs` is as long as it says, and that
         // `scratch` holds the block and two tiles of `rows * PANEL` sums.
         unsafe {
-            if epilogue == Epilogue::SwiGlu {
-                panel_sums::<L>(lhs, &rhs.panels[2 * j * rhs.stride..], wide, sums);
-                panel_sums::<L>(lhs, &rhs.panels[(2 * j + 1) * rhs.stride..], wide, up);
-            } else {
-                panel_sums::<L>(lhs, &rhs.panels[j * rhs.stride..], wide, sums);
+            for (i, sums) in sums.chunks_exact_mut(tile_len).take(panels_per_output).enumerate() {
+                panel_sums::<L>(lhs, &rhs.panels[(j * panels_per_output + i) * rhs.stride..], wide, sums);
             }
+            let (sums, up) = sums.split_at_mut(tile_len);
             for r in 0..lhs.rows {
                 let row = &mut y.row(r)[start..start + columns];
                 finish::<L>(&mut sums[r * PANEL..][..PANEL], &up[r * PANEL..][..PANEL], epilogue, row);
@@ -173,13 +172,13 @@ unsafe fn panel_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], su
         if lhs.rows <= L::DIRECT_ROWS {
             // One pass over the whole width, straight from the FP16 panel.
             tile_rows::<L, f16, 2>(lhs.rows, x, lhs.stride, lhs.k, panel, PANEL, sums);
-        } else if lhs.rows <= L::TILE_ROWS {
+        } else if L::DIRECT_ROWS < L::TILE_ROWS && lhs.rows <= L::TILE_ROWS {
             for start in (0..lhs.k).step_by(DIRECT_BLOCK) {
                 let block = DIRECT_BLOCK.min(lhs.k - start);
-                let (x, panel) = (x.add(start), panel.add(start * PANEL));
-                tile_rows::<L, f16, 1>(lhs.rows, x, lhs.stride, block, panel, PANEL, sums);
-                let (panel, sums) = (panel.add(LANES), sums.add(LANES));
-                tile_rows::<L, f16, 1>(lhs.rows, x, lhs.stride, block, panel, PANEL, sums);
+                for half in [0, LANES] {
+                    let (x, panel, sums) = (x.add(start), panel.add(start * PANEL + half), sums.add(half));
+                    tile_rows::<L, f16, 1>(lhs.rows, x, lhs.stride, block, panel, PANEL, sums);
+                }
             }
         } else {
             for start in (0..lhs.k).step_by(K_BLOCK) {
@@ -189,8 +188,10 @@ unsafe fn panel_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], su
                 if L::TILE_GROUPS == 2 {
                     tiles::<L, 2>(lhs, x, block, wide.as_ptr(), sums);
                 } else {
-                    tiles::<L, 1>(lhs, x, block, wide.as_ptr(), sums);
-                    tiles::<L, 1>(lhs, x, block, wide.as_ptr().add(block * LANES), sums.add(LANES));
+                    for half in 0..2 {
+                        let wide = wide.as_ptr().add(half * block * LANES);
+                        tiles::<L, 1>(lhs, x, block, wide, sums.add(half * LANES));
+                    }
                 }
             }
         }
@@ -311,23 +312,7 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
                 *sum = L::load(sums.add(r * PANEL + g * LANES));
             }
         }
-        let mut first = 0;
-        if L::SPLAT_4 {
-            while first + 4 <= k {
-                let x: [[L; 4]; R] = std::array::from_fn(|r| L::splat_4(x.add(r * x_stride + first)));
-                for j in 0..4 {
-                    let b = b.add((first + j) * b_stride);
-                    for g in 0..G {
-                        let w: L = E::lanes(b.add(g * LANES));
-                        for (row, x) in acc.iter_mut().zip(x) {
-                            row[g] = x[j].fma(w, row[g]);
-                        }
-                    }
-                }
-                first += 4;
-            }
-        }
-        for i in first..k {
+        for i in 0..k {
             let mut w = [L::splat(0.0); G];
             for (g, w) in w.iter_mut().enumerate() {
                 *w = E::lanes(b.add(i * b_stride + g * LANES));
