@@ -38,7 +38,8 @@ pub(super) fn read(dir: &Path) -> Result<Vec<SideFile>, HfError> {
         let entry = entry.map_err(|e| HfError::io(dir, e))?;
         // A name that is not UTF-8 begins with no known prefix that matters to anybody.
         let Ok(name) = entry.file_name().into_string() else { continue };
-        if LICENCE_PREFIXES.iter().any(|prefix| name.starts_with(prefix)) && dir.join(&name).is_file() {
+        let is_licence = LICENCE_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
+        if is_licence && is_section_name(&name) && dir.join(&name).is_file() {
             licences.push(name);
         }
     }
@@ -61,6 +62,11 @@ pub(super) fn read(dir: &Path) -> Result<Vec<SideFile>, HfError> {
     Ok(files)
 }
 
+/// Whether a section of a `.mrt` file can have this name.
+fn is_section_name(name: &str) -> bool {
+    name.len() <= 32 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b))
+}
+
 /// The value of `license:` in the YAML front matter of README.md, as model cards have it.
 pub(super) fn licence(dir: &Path) -> Result<Option<String>, HfError> {
     let Some(readme) = read_small_file(&dir.join("README.md"))? else { return Ok(None) };
@@ -81,6 +87,20 @@ fn front_matter_licence(readme: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn takes_licences_whose_names_fit_a_section() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in
+            ["NOTICE", "LICENSE-MIT", "LICENSE (old)", "my-LICENSE", "LICENSE-with-a-name-beyond-32-bytes"]
+        {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
+        std::fs::create_dir(dir.path().join("LICENSES")).unwrap();
+        let files = read(dir.path()).unwrap();
+        assert_eq!(files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["LICENSE-MIT", "NOTICE"]);
+        assert_eq!(files[1].bytes, b"NOTICE");
+    }
 
     #[test]
     fn finds_the_licence_in_the_front_matter_only() {
