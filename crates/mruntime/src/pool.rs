@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-/// The most threads a pool can have; the number of participants has 12 bits in [`Shared::state`].
+/// The most threads a pool can have; a job keeps their number in 12 bits.
 pub const MAX_THREADS: usize = 1024;
 
 /// How long a thread spins before it sleeps. Waking a sleeper costs a system call and 5 to 50 microseconds of the
