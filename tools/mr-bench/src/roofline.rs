@@ -3,6 +3,7 @@
 //! Decoding reads every weight once a token, so the read bandwidth bounds it; prefill multiplies, so the peak does.
 
 use std::hint::black_box;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use mrt_kernels::{Isa, fma_peak, read_peak};
@@ -71,18 +72,19 @@ pub fn measure(threads: &[usize]) -> Result<Vec<Roofline>, Error> {
     Ok(rooflines)
 }
 
-/// Prints the limits as a table.
-pub fn print(rooflines: &[Roofline]) {
-    println!("threads  limit                 unit       best    median");
-    let row = |threads, limit: &str, unit, rate: &Rate| {
-        println!("{threads:>7}  {limit:<20}  {unit:<7}  {:>6.1}    {:>6.1}", rate.best, rate.median);
+/// Writes the limits as a table.
+pub fn write_table(rooflines: &[Roofline], out: &mut impl Write) -> io::Result<()> {
+    writeln!(out, "threads  limit                 unit       best    median")?;
+    let mut row = |threads, limit: &str, unit, rate: &Rate| {
+        writeln!(out, "{threads:>7}  {limit:<20}  {unit:<7}  {:>6.1}    {:>6.1}", rate.best, rate.median)
     };
     for roofline in rooflines {
-        row(roofline.threads, "memory read", "GB/s", &roofline.read_gb_s);
+        row(roofline.threads, "memory read", "GB/s", &roofline.read_gb_s)?;
         for peak in &roofline.fma_gflop_s {
-            row(roofline.threads, &format!("f32 FMA, {}", peak.isa), "GFLOP/s", &peak.rate);
+            row(roofline.threads, &format!("f32 FMA, {}", peak.isa), "GFLOP/s", &peak.rate)?;
         }
     }
+    Ok(())
 }
 
 /// The vector instruction sets; the portable path, which may have to compute an FMA in software, where there is none.

@@ -1,0 +1,87 @@
+//! A model with the memory to run it: what every measurement but the roofline starts from.
+
+use std::path::Path;
+
+use clap::Args;
+use mr_cli::Result;
+use mruntime::{
+    Isa, KvCache, Limits, Pool, Qwen2Arenas, Qwen2Config, Qwen2Weights, Scratch, qwen2_forward,
+    qwen2_init_kv_cache, qwen2_init_scratch,
+};
+
+/// How to run the model, whatever is measured.
+#[derive(Args)]
+pub struct RunArgs {
+    /// Threads [default: all cores]
+    #[arg(short, long, value_name = "N", value_parser = mr_cli::parse_threads)]
+    pub threads: Option<usize>,
+    #[command(flatten)]
+    pub isa: IsaArg,
+}
+
+/// The choice of the instruction set.
+#[derive(Args)]
+pub struct IsaArg {
+    /// Instruction set [default: the fastest of this machine]
+    #[arg(long, value_name = "NAME", value_parser = parse_isa)]
+    isa: Option<Isa>,
+}
+
+impl IsaArg {
+    pub fn get(&self) -> Isa {
+        self.isa.unwrap_or_else(Isa::detect)
+    }
+}
+
+fn parse_isa(name: &str) -> std::result::Result<Isa, String> {
+    Isa::by_name(name).ok_or_else(|| {
+        let names: Vec<_> = Isa::supported().map(Isa::name).collect();
+        format!("this machine has {}", names.join(", "))
+    })
+}
+
+/// Weights, KV cache and scratch memory at work.
+pub struct Inference<'a> {
+    cfg: Qwen2Config,
+    weights: Qwen2Weights<'a>,
+    pub kv: KvCache<'a>,
+    scratch: Scratch<'a>,
+}
+
+impl<'a> Inference<'a> {
+    /// Over arenas made for `limits`.
+    pub fn new(
+        cfg: &Qwen2Config,
+        weights: Qwen2Weights<'a>,
+        arenas: &'a mut Qwen2Arenas,
+        limits: &Limits,
+        isa: Isa,
+    ) -> Result<Self> {
+        let kv = qwen2_init_kv_cache(cfg, limits.context, &mut arenas.kv_cache.bump())?;
+        let scratch = qwen2_init_scratch(cfg, limits, isa, &mut arenas.scratch.bump())?;
+        Ok(Inference { cfg: *cfg, weights, kv, scratch })
+    }
+
+    /// [`qwen2_forward`].
+    pub fn forward(&mut self, tokens: &[u32], logits: &mut [f32], pool: &mut Pool) -> Result<()> {
+        Ok(qwen2_forward(&self.cfg, &self.weights, &mut self.kv, &mut self.scratch, tokens, logits, pool)?)
+    }
+}
+
+/// Reads a JSON array of token ids, at least one, all within a vocabulary of `vocab`.
+pub fn read_tokens(path: &Path, vocab: u32) -> Result<Vec<u32>> {
+    let shown = path.display();
+    let text = std::fs::read(path).map_err(|e| format!("{shown}: {e}"))?;
+    let tokens: Vec<u32> = serde_json::from_slice(&text)
+        .map_err(|e| format!("{shown}: is not a JSON array of token ids: {e}"))?;
+    if tokens.is_empty() {
+        return Err(format!("{shown}: has no token ids").into());
+    }
+    match tokens.iter().position(|&token| token >= vocab) {
+        Some(i) => {
+            let id = tokens[i];
+            Err(format!("{shown}: id {id} at index {i} is outside the vocabulary of {vocab} tokens").into())
+        }
+        None => Ok(tokens),
+    }
+}

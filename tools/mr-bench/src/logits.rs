@@ -1,0 +1,99 @@
+//! `mr-bench logits`: what the model makes of given token ids, as numbers for other programs.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use mr_cli::{ModelSource, Result};
+use mruntime::{Limits, OpenOptions, Pool, create_qwen2_arenas};
+use serde_json::json;
+
+use crate::inference::{Inference, RunArgs, read_tokens};
+
+/// Write the logits of given token ids: raw little-endian f32, vocab_size of them for each position
+#[derive(Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    model: ModelSource,
+    /// JSON array of token ids
+    #[arg(long, value_name = "IDS.json")]
+    tokens: PathBuf,
+    /// File to write; it appears complete or not at all
+    #[arg(long, value_name = "OUT.bin")]
+    out: PathBuf,
+    /// Write the logits of every position, not only of the last
+    #[arg(long)]
+    all: bool,
+    /// Tokens of a forward pass; the logits have the same bits with any number
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = mr_cli::parse_count)]
+    batch: usize,
+    #[command(flatten)]
+    run: RunArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: LogitsArgs) -> Result<()> {
+    let mut pool = Pool::new(args.run.threads.unwrap_or_else(mr_cli::all_cores))?;
+    let model = args.model.open(&OpenOptions::default(), &mut pool)?;
+    let cfg = model.config();
+    let tokens = read_tokens(&args.tokens, cfg.vocab_size)?;
+    let limits =
+        Limits { context: tokens.len(), batch: args.batch.min(tokens.len()), threads: pool.threads() };
+    let isa = args.run.isa.get();
+    let mut arenas = create_qwen2_arenas(cfg, &limits)?;
+    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, isa)?;
+
+    let vocab = cfg.vocab_size as usize;
+    write_whole(&args.out, |out| {
+        let mut logits = vec![0.0; vocab * if args.all { limits.batch } else { 1 }];
+        for batch in tokens.chunks(limits.batch) {
+            let logits = &mut logits[..vocab * if args.all { batch.len() } else { 1 }];
+            inference.forward(batch, logits, &mut pool)?;
+            if args.all || inference.kv.len() == tokens.len() {
+                for logit in logits {
+                    out.write_all(&logit.to_le_bytes())?;
+                }
+            }
+        }
+        Ok(())
+    })?;
+
+    let positions = if args.all { tokens.len() } else { 1 };
+    let mut stdout = std::io::stdout().lock();
+    if args.json {
+        let result = json!({
+            "model": model.name(), "tokens": tokens.len(), "positions": positions, "vocab_size": vocab,
+            "out": args.out.display().to_string(), "threads": pool.threads(), "isa": isa.name(),
+        });
+        writeln!(stdout, "{result}")?;
+    } else {
+        writeln!(
+            stdout,
+            "{}: {positions} x {vocab} logits after {} tokens",
+            args.out.display(),
+            tokens.len()
+        )?;
+    }
+    Ok(())
+}
+
+/// Writes a file under a temporary name beside its own, which it gets when all is written.
+fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
+    let failed = |e: std::io::Error| format!("{}: cannot be written: {e}", path.display());
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // The usual permissions of a new file, not those of a private temporary one.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let temp = builder.prefix(".logits.").tempfile_in(parent).map_err(failed)?;
+    let mut out = BufWriter::new(temp.as_file());
+    write(&mut out)?;
+    out.flush().map_err(failed)?;
+    drop(out);
+    temp.persist(path).map_err(|e| failed(e.error))?;
+    Ok(())
+}

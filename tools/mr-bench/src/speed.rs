@@ -1,0 +1,337 @@
+//! `mr-bench speed`: tokens a second, beside what this machine's memory and multipliers allow.
+
+use std::io::Write;
+use std::time::Instant;
+
+use clap::Args;
+use mr_cli::{ModelSource, Result};
+use mruntime::{Backing, Limits, OpenOptions, Pool, create_qwen2_arenas};
+use serde::Serialize;
+
+use crate::inference::{Inference, IsaArg};
+use crate::machine::{Machine, Pages};
+use crate::roofline::{self, Roofline};
+use crate::work::{decode_bytes, prefill_flops};
+
+/// Measure prefill and decoding speed, and their share of this machine's limits
+///
+/// ppN is the prefill of N tokens, tgN the decoding of N tokens one by one, @dD after D other tokens. Tokens are random;
+/// nothing is sampled. Each test runs once to warm up, then as often as -r says. The limits, f32 multiply-adds for
+/// prefill and memory bandwidth for decoding, are measured in the same run with as many threads: medians beside medians.
+#[derive(Args)]
+pub struct SpeedArgs {
+    #[command(flatten)]
+    model: ModelSource,
+    /// Tokens to prefill; 0 for no such test
+    #[arg(short, long, value_name = "N,...", value_delimiter = ',', default_value = "512")]
+    prompt: Vec<usize>,
+    /// Tokens to decode; 0 for no such test
+    #[arg(short = 'n', long, value_name = "N,...", value_delimiter = ',', default_value = "64")]
+    generate: Vec<usize>,
+    /// Tokens that are in the context before
+    #[arg(short, long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
+    depth: Vec<usize>,
+    /// Numbers of threads [default: all cores]
+    #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = mr_cli::parse_threads)]
+    threads: Vec<usize>,
+    /// Measured runs of each test
+    #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = mr_cli::parse_count)]
+    repetitions: usize,
+    /// Tokens of a prefill step
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = mr_cli::parse_count)]
+    batch: usize,
+    #[command(flatten)]
+    isa: IsaArg,
+    /// Where the weights of FILE.mrt are [default: map]
+    #[arg(long, value_name = "map|read", conflicts_with = "model_dir", value_parser = parse_backing)]
+    backing: Option<Backing>,
+    /// Print one JSON object
+    #[arg(long, conflicts_with = "csv")]
+    json: bool,
+    /// Print comma-separated values, one line a test
+    #[arg(long)]
+    csv: bool,
+}
+
+/// What there is to be measured at one depth.
+#[derive(Clone, Copy)]
+enum Kind {
+    Prefill(usize),
+    Decode(usize),
+}
+
+/// The result of one test.
+#[derive(Serialize)]
+struct Measurement {
+    test: String,
+    threads: usize,
+    prompt_tokens: usize,
+    generated_tokens: usize,
+    depth: usize,
+    /// Seconds of each repetition, in order.
+    seconds: Vec<f64>,
+    tokens_per_second: Spread,
+    /// Work a second at the median: GFLOP/s for prefill, GB/s for decoding.
+    rate: f64,
+    unit: &'static str,
+    /// What the machine can do, in the same unit; none for an instruction set whose peak is not measured.
+    limit: Option<f64>,
+    /// `rate / limit`
+    share: Option<f64>,
+}
+
+/// Of several repetitions.
+#[derive(Serialize)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+#[derive(Serialize)]
+struct Report {
+    machine: Machine,
+    version: &'static str,
+    model: String,
+    weight_bytes: u64,
+    backing: &'static str,
+    /// After the tests.
+    pages: Option<Pages>,
+    isa: &'static str,
+    batch: usize,
+    rooflines: Vec<Roofline>,
+    tests: Vec<Measurement>,
+}
+
+/// Runs the subcommand.
+pub fn run(args: SpeedArgs) -> Result<()> {
+    let threads = if args.threads.is_empty() { vec![mr_cli::all_cores()] } else { args.threads.clone() };
+    let most_threads = threads.iter().copied().max().unwrap_or(1);
+    let mut pool = Pool::new(most_threads)?;
+    let backing = args.backing.unwrap_or_default();
+    let model = args.model.open(&OpenOptions { backing, ..OpenOptions::default() }, &mut pool)?;
+    let cfg = model.config();
+    let isa = args.isa.get();
+
+    let prefills = args.prompt.iter().map(|&n| Kind::Prefill(n));
+    let mut kinds: Vec<_> = prefills.chain(args.generate.iter().map(|&n| Kind::Decode(n))).collect();
+    kinds.retain(|kind| kind.tokens() > 0);
+    let most_tokens = kinds.iter().map(|kind| kind.tokens()).max();
+    let (Some(most_tokens), Some(deepest)) = (most_tokens, args.depth.iter().max()) else {
+        return Err("nothing to measure: both -p and -n are 0".into());
+    };
+    let context = most_tokens.saturating_add(*deepest);
+    let limits = Limits { context, batch: args.batch.min(context), threads: most_threads };
+    let mut arenas = create_qwen2_arenas(cfg, &limits)?;
+    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, isa)?;
+    let tokens: Vec<u32> = (0..context as u32).map(|i| random_token(i, cfg.vocab_size)).collect();
+    let mut logits = vec![0.0; cfg.vocab_size as usize];
+
+    let (mut rooflines, mut tests) = (Vec::new(), Vec::new());
+    for &threads in &threads {
+        let roofline = roofline::measure(&[threads])?.remove(0);
+        pool.set_threads(threads);
+        for &depth in &args.depth {
+            inference.kv.truncate(0);
+            if depth > 0 {
+                inference.forward(&tokens[..depth], &mut [], &mut pool)?;
+            }
+            for &kind in &kinds {
+                let mut seconds = Vec::new();
+                for repetition in 0..=args.repetitions {
+                    inference.kv.truncate(depth);
+                    let tokens = &tokens[depth..depth + kind.tokens()];
+                    let start = Instant::now();
+                    match kind {
+                        Kind::Prefill(_) => inference.forward(tokens, &mut logits, &mut pool)?,
+                        Kind::Decode(_) => {
+                            for token in tokens.chunks(1) {
+                                inference.forward(token, &mut logits, &mut pool)?;
+                            }
+                        }
+                    }
+                    // The first one warms up.
+                    if repetition > 0 {
+                        seconds.push(start.elapsed().as_secs_f64());
+                    }
+                }
+                let (work, unit, limit) = match kind {
+                    Kind::Prefill(n) => {
+                        let peak = roofline.fma_gflop_s.iter().find(|peak| peak.isa == isa.name());
+                        (prefill_flops(cfg, depth, n), "GFLOP/s", peak.map(|peak| peak.rate.median))
+                    }
+                    Kind::Decode(n) => (decode_bytes(cfg, depth, n), "GB/s", Some(roofline.read_gb_s.median)),
+                };
+                tests.push(Measurement::new(kind, depth, threads, seconds, work / 1e9, unit, limit));
+            }
+        }
+        rooflines.push(roofline);
+    }
+
+    let report = Report {
+        machine: Machine::this(),
+        version: env!("CARGO_PKG_VERSION"),
+        model: model.name(),
+        weight_bytes: model.arena().len() as u64,
+        backing: model.backing(),
+        pages: Pages::of(model.arena()),
+        isa: isa.name(),
+        batch: limits.batch,
+        rooflines,
+        tests,
+    };
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+    } else if args.csv {
+        write_csv(&report, &mut out)?;
+    } else {
+        write_table(&report, &mut out)?;
+    }
+    Ok(())
+}
+
+fn parse_backing(name: &str) -> std::result::Result<Backing, &'static str> {
+    match name {
+        "map" => Ok(Backing::Map),
+        "read" => Ok(Backing::Read),
+        _ => Err("map the file or read it into memory"),
+    }
+}
+
+impl Kind {
+    fn tokens(self) -> usize {
+        match self {
+            Kind::Prefill(n) | Kind::Decode(n) => n,
+        }
+    }
+}
+
+impl Measurement {
+    /// From the seconds of each repetition, and the work of one in units of `unit` seconds.
+    fn new(
+        kind: Kind,
+        depth: usize,
+        threads: usize,
+        seconds: Vec<f64>,
+        work: f64,
+        unit: &'static str,
+        limit: Option<f64>,
+    ) -> Measurement {
+        let (name, prompt_tokens, generated_tokens) = match kind {
+            Kind::Prefill(n) => (format!("pp{n}"), n, 0),
+            Kind::Decode(n) => (format!("tg{n}"), 0, n),
+        };
+        let mut sorted = seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        let median = (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0;
+        let tokens = kind.tokens() as f64;
+        let rate = work / median;
+        Measurement {
+            test: if depth > 0 { format!("{name}@d{depth}") } else { name },
+            threads,
+            prompt_tokens,
+            generated_tokens,
+            depth,
+            tokens_per_second: Spread {
+                median: tokens / median,
+                min: tokens / sorted[sorted.len() - 1],
+                max: tokens / sorted[0],
+            },
+            seconds,
+            rate,
+            unit,
+            limit,
+            share: limit.map(|limit| rate / limit),
+        }
+    }
+}
+
+/// A token for position `i`: the same ones in every run.
+fn random_token(i: u32, vocab: u32) -> u32 {
+    (i.wrapping_mul(0x9e37_79b9) >> 8) % vocab
+}
+
+fn write_table(report: &Report, out: &mut impl Write) -> Result<()> {
+    let Report { machine, pages, .. } = report;
+    writeln!(out, "machine   {}, {} cores, {} {}", machine.cpu, machine.cores, machine.os, machine.arch)?;
+    let mut backing = report.backing.to_owned();
+    if let Some(pages) = pages {
+        backing +=
+            &format!(", {} MiB resident, {} MiB in huge pages", pages.resident >> 10, pages.huge() >> 10);
+    }
+    writeln!(
+        out,
+        "model     {}, {} MB of weights, {backing}",
+        report.model,
+        report.weight_bytes / 1_000_000
+    )?;
+    writeln!(out, "mr-bench  {}, {}, batch {}\n", report.version, report.isa, report.batch)?;
+    writeln!(
+        out,
+        "| threads | test           |    tok/s |  slowest |  fastest |   rate | limit           | share |"
+    )?;
+    writeln!(
+        out,
+        "|--------:|:---------------|---------:|---------:|---------:|-------:|:----------------|------:|"
+    )?;
+    for test in &report.tests {
+        let Spread { median, min, max } = test.tokens_per_second;
+        let limit = test.limit.map_or("not measured".into(), |limit| format!("{limit:.1} {}", test.unit));
+        let share = test.share.map_or("".into(), |share| format!("{:.1}%", 100.0 * share));
+        writeln!(
+            out,
+            "| {:>7} | {:<14} | {median:>8.2} | {min:>8.2} | {max:>8.2} | {:>6.1} | {limit:<15} | {share:>5} |",
+            test.threads, test.test, test.rate
+        )?;
+    }
+    Ok(())
+}
+
+fn write_csv(report: &Report, out: &mut impl Write) -> Result<()> {
+    let number = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());
+    let Report { machine, pages, .. } = report;
+    for (i, test) in report.tests.iter().enumerate() {
+        let columns = [
+            ("cpu", machine.cpu.clone()),
+            ("cores", machine.cores.to_string()),
+            ("os", machine.os.to_owned()),
+            ("arch", machine.arch.to_owned()),
+            ("version", report.version.to_owned()),
+            ("model", report.model.clone()),
+            ("weight_bytes", report.weight_bytes.to_string()),
+            ("backing", report.backing.to_owned()),
+            ("resident_kib", pages.as_ref().map_or(String::new(), |p| p.resident.to_string())),
+            ("huge_kib", pages.as_ref().map_or(String::new(), |p| p.huge().to_string())),
+            ("isa", report.isa.to_owned()),
+            ("batch", report.batch.to_string()),
+            ("threads", test.threads.to_string()),
+            ("test", test.test.clone()),
+            ("prompt_tokens", test.prompt_tokens.to_string()),
+            ("generated_tokens", test.generated_tokens.to_string()),
+            ("depth", test.depth.to_string()),
+            ("repetitions", test.seconds.len().to_string()),
+            ("tok_s_median", test.tokens_per_second.median.to_string()),
+            ("tok_s_min", test.tokens_per_second.min.to_string()),
+            ("tok_s_max", test.tokens_per_second.max.to_string()),
+            ("rate", test.rate.to_string()),
+            ("unit", test.unit.to_owned()),
+            ("limit", number(test.limit)),
+            ("share", number(test.share)),
+        ];
+        if i == 0 {
+            writeln!(out, "{}", columns.each_ref().map(|(name, _)| *name).join(","))?;
+        }
+        writeln!(out, "{}", columns.map(|(_, value)| csv_field(&value)).join(","))?;
+    }
+    Ok(())
+}
+
+/// Quoted if it must be (RFC 4180).
+fn csv_field(text: &str) -> String {
+    if text.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text.to_owned()
+    }
+}

@@ -1,0 +1,56 @@
+//! What the command-line tools that run a model share: how a model is chosen and opened, and how a program ends.
+
+#![forbid(unsafe_code)]
+
+mod model;
+
+use std::error::Error;
+use std::io;
+use std::process::ExitCode;
+
+pub use model::{LoadedModel, ModelSource};
+
+/// With an error that is shown to the user as it is: one line.
+pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Ends a program: errors go to stderr in one line, and a reader that has closed our output (`| head`) is none.
+pub fn exit_code(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_pipe(&*error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_closed_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// The number of logical cores that this process may use.
+pub fn all_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Parses a number of threads.
+///
+/// # Errors
+/// A text for clap when it is not one that a pool can have.
+pub fn parse_threads(text: &str) -> std::result::Result<usize, String> {
+    parse_in(text, 1..=mruntime::pool::MAX_THREADS)
+}
+
+/// Parses a number of things that must be at least one.
+///
+/// # Errors
+/// A text for clap when it is not such a number.
+pub fn parse_count(text: &str) -> std::result::Result<usize, String> {
+    parse_in(text, 1..=u32::MAX as usize)
+}
+
+fn parse_in(text: &str, range: std::ops::RangeInclusive<usize>) -> std::result::Result<usize, String> {
+    let number = text.parse().ok().filter(|number| range.contains(number));
+    number.ok_or_else(|| format!("it must be a whole number from {} to {}", range.start(), range.end()))
+}

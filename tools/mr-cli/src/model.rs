@@ -1,0 +1,164 @@
+//! A model from a `.mrt` file or a Hugging Face directory, with the same view of both.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::ProgressBar;
+use mrt_format::{CHAT_TEMPLATE, GenerationDefaults};
+use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
+use mruntime::{Arena, Backing, Model, OpenOptions, Pool, Qwen2Config, Qwen2Weights, Verify};
+use mruntime_text::{ChatTemplate, SpecialTokenNames, Tokenizer, find_chat_template};
+
+use crate::Result;
+
+/// Which model.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+pub struct ModelSource {
+    /// Model file
+    #[arg(short, long, value_name = "FILE.mrt")]
+    model: Option<PathBuf>,
+    /// Hugging Face directory; its weights are packed into memory at every start
+    #[arg(long, value_name = "DIR")]
+    model_dir: Option<PathBuf>,
+}
+
+/// A model, ready to run.
+pub struct LoadedModel {
+    path: PathBuf,
+    weights: Weights,
+}
+
+enum Weights {
+    File(Model),
+    Dir { dir: Qwen2Dir, arena: Arena },
+}
+
+impl ModelSource {
+    /// Opens the model. A directory has no options.
+    ///
+    /// # Errors
+    /// What is wrong with the file or directory, with its path.
+    pub fn open(&self, options: &OpenOptions, pool: &mut Pool) -> Result<LoadedModel> {
+        let (path, weights) = match (&self.model, &self.model_dir) {
+            (Some(path), _) => {
+                let quick = options.verify == Verify::Header && options.backing == Backing::Map;
+                let spinner = (!quick).then(|| spinner(format!("reading {}", path.display())));
+                let model = Model::open(path, options, pool);
+                spinner.inspect(ProgressBar::finish_and_clear);
+                (path, Weights::File(model?))
+            }
+            (None, Some(path)) => {
+                let dir = Qwen2Dir::open(path)?;
+                let spinner = spinner(format!("packing the weights of {}", path.display()));
+                let arena = qwen2_load_weights(&dir, pool);
+                spinner.finish_and_clear();
+                (path, Weights::Dir { dir, arena: arena? })
+            }
+            (None, None) => return Err("no model: give --model or --model-dir".into()),
+        };
+        Ok(LoadedModel { path: path.clone(), weights })
+    }
+}
+
+impl LoadedModel {
+    /// The name of the file or directory, without where it is.
+    pub fn name(&self) -> String {
+        let path = self.path.canonicalize();
+        let name = path.as_deref().unwrap_or(&self.path).file_name();
+        name.unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
+    }
+
+    /// The model's shape and constants.
+    pub fn config(&self) -> &Qwen2Config {
+        match &self.weights {
+            Weights::File(model) => model.config(),
+            Weights::Dir { dir, .. } => &dir.config,
+        }
+    }
+
+    /// The weight arena.
+    pub fn arena(&self) -> &[u8] {
+        match &self.weights {
+            Weights::File(model) => model.arena(),
+            Weights::Dir { arena, .. } => arena.bytes(),
+        }
+    }
+
+    /// Where the weights live.
+    pub fn backing(&self) -> &'static str {
+        match &self.weights {
+            Weights::File(model) if model.backing() == Some(Backing::Map) => "mapped",
+            Weights::File(_) => "read",
+            Weights::Dir { .. } => "packed",
+        }
+    }
+
+    /// The weights in the arena.
+    pub fn weights(&self) -> Qwen2Weights<'_> {
+        Qwen2Weights::from_arena(self.config(), self.arena()).expect("an arena that was made for the config")
+    }
+
+    /// How the makers of the model want it sampled.
+    ///
+    /// # Errors
+    /// When the file's section is damaged.
+    pub fn generation(&self) -> Result<GenerationDefaults> {
+        match &self.weights {
+            Weights::File(model) => Ok(model.generation()?),
+            Weights::Dir { dir, .. } => Ok(dir.generation.clone()),
+        }
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// When the model has none, or a damaged one.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let Some(json) = self.file("tokenizer.json")? else {
+            return Err(self.error("has no tokenizer.json, so it can be run on token ids only"));
+        };
+        Tokenizer::from_json(&json).map_err(|e| self.error(e))
+    }
+
+    /// The chat template; `None` if the model has none.
+    ///
+    /// # Errors
+    /// When it is damaged or not valid.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        let tokenizer_config = self.file("tokenizer_config.json")?;
+        let names = match &tokenizer_config {
+            Some(json) => SpecialTokenNames::from_tokenizer_config(json).map_err(|e| self.error(e))?,
+            None => SpecialTokenNames::default(),
+        };
+        // Conversion makes the template a section of its own, wherever the directory had it.
+        let name = match &self.weights {
+            Weights::File(_) => CHAT_TEMPLATE,
+            Weights::Dir { .. } => "chat_template.jinja",
+        };
+        let source = find_chat_template(self.file(name)?.as_deref(), tokenizer_config.as_deref())
+            .map_err(|e| self.error(e))?;
+        source.map(|source| ChatTemplate::new(&source, &names).map_err(|e| self.error(e))).transpose()
+    }
+
+    /// A file of the Hugging Face directory, which `.mrt` files hold as sections of the same names.
+    fn file(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>> {
+        match &self.weights {
+            Weights::File(model) => Ok(model.section(name)?.map(Cow::Owned)),
+            Weights::Dir { dir, .. } => Ok(dir.file(name).map(Cow::Borrowed)),
+        }
+    }
+
+    fn error(&self, problem: impl std::fmt::Display) -> Box<dyn std::error::Error> {
+        format!("{}: {problem}", self.path.display()).into()
+    }
+}
+
+/// Shows on a terminal that something is going on.
+fn spinner(message: String) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
