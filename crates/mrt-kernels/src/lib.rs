@@ -1,11 +1,11 @@
 //! Kernels of `mruntime`: products with FP16 panels, and the row operations of a Qwen2 layer.
 //!
-//! Every operation is written once, over [`lanes::Lanes`], a vector of 16 f32 lanes that each instruction set
+//! Every operation is written once, over `Lanes`, a vector of 16 f32 lanes that each instruction set
 //! implements in its own file (`portable`, `avx2`, `avx512`, `neon`). All paths give the same bits:
 //!
 //! * a product is one chain of fused multiply-adds per output, in ascending k, starting from the bias;
 //! * a reduction runs in 16 lanes that are summed by one fixed tree;
-//! * `exp` and SiLU are one sequence of IEEE operations ([`rows`]).
+//! * `exp` and SiLU are one sequence of IEEE operations (module `rows`).
 //!
 //! Nothing here allocates, starts threads or does I/O. An [`Isa`] is chosen once and passed to each operation.
 
