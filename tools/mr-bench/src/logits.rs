@@ -1,7 +1,7 @@
 //! `mr-bench logits`: what the model makes of given token ids, as numbers for other programs.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -63,7 +63,7 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     })?;
 
     let positions = if args.all { tokens.len() } else { 1 };
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = io::stdout().lock();
     if args.json {
         let result = json!({
             "model": model.name(), "tokens": tokens.len(), "positions": positions, "vocab_size": vocab,
@@ -83,17 +83,25 @@ pub fn run(args: LogitsArgs) -> Result<()> {
 
 /// Writes a file under a temporary name beside its own, which it gets when all is written.
 fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
-    let failed = |e: std::io::Error| format!("{}: cannot be written: {e}", path.display());
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let failed = |e: io::Error| format!("{}: cannot be written: {e}", path.display());
+    // A link stays a link.
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    if real.exists() && !real.is_file() {
+        return Err(failed(io::Error::other("not a regular file")).into());
+    }
+    let parent = real.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     // The usual permissions of a new file, not those of a private temporary one.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let temp = builder.prefix(".logits.").tempfile_in(parent).map_err(failed)?;
     let mut out = BufWriter::new(temp.as_file());
-    write(&mut out)?;
+    write(&mut out).map_err(|error| match error.downcast() {
+        Ok(error) => failed(*error).into(),
+        Err(other) => other,
+    })?;
     out.flush().map_err(failed)?;
     drop(out);
-    temp.persist(path).map_err(|e| failed(e.error))?;
+    temp.persist(&real).map_err(|e| failed(e.error))?;
     Ok(())
 }
