@@ -110,6 +110,9 @@ pub enum HfError {
         /// The system's error.
         source: io::Error,
     },
+    /// The weights cannot be read; the error names the file.
+    #[error("{0}")]
+    Read(io::Error),
     /// A file does not say what it must.
     #[error("{}: {problem}", path.display())]
     Invalid {

@@ -276,11 +276,12 @@ fn read_some(file: &File, offset: u64, out: &mut [u8]) -> io::Result<usize> {
     std::os::windows::fs::FileExt::seek_read(file, out, offset)
 }
 
-fn read_at(file: &File, mut offset: u64, mut out: &mut [u8]) -> io::Result<()> {
+/// Fills `out` with the bytes from `offset`, without moving the file's position.
+pub(crate) fn read_at(file: &File, mut offset: u64, mut out: &mut [u8]) -> io::Result<()> {
     while !out.is_empty() {
         match read_some(file, offset, out) {
             Ok(0) => {
-                let reason = format!("the file ends at byte {offset}, before what it should hold");
+                let reason = format!("there is no byte {offset}: the file is shorter than it should be");
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason));
             }
             Ok(n) => (offset, out) = (offset + n as u64, &mut out[n..]),
@@ -538,7 +539,7 @@ mod tests {
             let error = opened.err().unwrap().to_string();
             let expected = match options.backing {
                 Backing::Map => format!("truncated: {} of {} bytes", bytes.len() - 5, bytes.len()),
-                Backing::Read => format!("the file ends at byte {}", bytes.len() - 5),
+                Backing::Read => format!("there is no byte {}", bytes.len() - 5),
             };
             assert!(error.contains(&expected), "{error}");
         }

@@ -156,16 +156,19 @@ fn write_arena(
     Ok((digests, counts))
 }
 
+/// Bytes that are read back at a time: they stay in the second-level cache until they are hashed.
+const PIECE: usize = 256 << 10;
+
 /// SHA-256 of the whole file, read back from the page cache.
 fn hash_file(target: &Target, bytes: u64, interrupted: &AtomicBool) -> Result<Digest, ConvertError> {
     let bar = progress_bar("hashing", bytes);
     let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; PIECE];
     for offset in (0..bytes).step_by(buffer.len()) {
         if interrupted.load(Ordering::Relaxed) {
             return Err(ConvertError::Interrupted);
         }
-        let part = &mut buffer[..(bytes - offset).min(1 << 20) as usize];
+        let part = &mut buffer[..(bytes - offset).min(PIECE as u64) as usize];
         target.file().read_exact_at(part, offset).map_err(|e| target.error(e))?;
         hasher.update(&*part);
         bar.inc(part.len() as u64);

@@ -61,6 +61,9 @@ fn run(cli: &Cli) -> mr_cli::Result<()> {
     // Both files are begun before the work, so that a directory that cannot be written to is noticed at once.
     let target = Target::create(&cli.out, &model)?;
     let report = cli.report.as_deref().map(|path| Target::create(path, &model)).transpose()?;
+    if report.as_ref().is_some_and(|report| report.path() == target.path()) {
+        return Err("--report names the file to be converted to; give the report another name".into());
+    }
 
     let converted = convert(&model, target, cli.origin.as_deref(), &mut pool, &interrupted)?;
     let json = to_json(&model.config, &converted);

@@ -51,7 +51,8 @@ impl Sections {
 
 /// Lines of `key: value`: where the model is from, in the converting person's words, and its licence.
 fn origin_text(origin: Option<&str>, licence: Option<&str>) -> Option<String> {
-    let origin = origin.map(|text| format!("origin: {}\n", text.trim()));
+    let origin = origin.map(|text| text.split_whitespace().collect::<Vec<_>>().join(" "));
+    let origin = origin.filter(|text| !text.is_empty()).map(|text| format!("origin: {text}\n"));
     let licence = licence.map(|id| format!("license: {id}\n"));
     let text = [origin, licence].into_iter().flatten().collect::<String>();
     (!text.is_empty()).then_some(text)
@@ -64,6 +65,8 @@ mod tests {
     #[test]
     fn origin_has_a_line_for_each_thing_known() {
         assert_eq!(origin_text(None, None), None);
+        assert_eq!(origin_text(Some(" \n"), None), None);
+        assert_eq!(origin_text(Some("a\nlicense: mit"), None).as_deref(), Some("origin: a license: mit\n"));
         assert_eq!(
             origin_text(Some(" https://a.example/b \n"), None).as_deref(),
             Some("origin: https://a.example/b\n")

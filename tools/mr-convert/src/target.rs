@@ -57,6 +57,11 @@ impl Target {
         Ok(Target { shown: path.to_owned(), path: real, temp })
     }
 
+    /// The file that will be replaced, links resolved.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The temporary file.
     pub(crate) fn file(&self) -> &File {
         self.temp.as_file()

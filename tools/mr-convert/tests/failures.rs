@@ -149,6 +149,10 @@ fn targets_that_cannot_be_written() {
     let message = fails(&tiny("tied"), &path("out.mrt"), &["--report", report.to_str().unwrap()]);
     assert!(message.contains("gone/report.json: cannot be written to "), "{message}");
 
+    let report = dir.path().join(".").join("out.mrt");
+    let message = fails(&tiny("tied"), &path("out.mrt"), &["--report", report.to_str().unwrap()]);
+    assert!(message.contains("--report names the file to be converted to"), "{message}");
+
     copy_model(&tiny("tied"), &path("model"));
     for name in ["model.safetensors", "config.json"] {
         let before = std::fs::read(path("model").join(name)).unwrap();

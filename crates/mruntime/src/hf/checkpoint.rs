@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -12,6 +11,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::{HfError, read_small_file};
+use crate::model::read_at;
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -135,8 +135,8 @@ impl Checkpoint {
         let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
         for offset in (0..bytes).step_by(1 << 20) {
             let len = (bytes - offset).min(1 << 20) as usize;
-            self.read(index, offset, &mut a[..len]).map_err(|e| HfError::io(&shard.path, e))?;
-            shard.read_at(copy.offset + offset, &mut b[..len]).map_err(|e| HfError::io(&shard.path, e))?;
+            let both = self.read(index, offset, &mut a[..len]);
+            both.and_then(|()| shard.read_at(copy.offset + offset, &mut b[..len])).map_err(HfError::Read)?;
             if a[..len] != b[..len] {
                 return Err(differs());
             }
@@ -189,19 +189,15 @@ impl Shard {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset).map_err(|e| {
-            let problem = match e.kind() {
-                io::ErrorKind::UnexpectedEof => "ends early: it was cut short while it was read".to_string(),
-                _ => e.to_string(),
-            };
-            io::Error::new(e.kind(), format!("{}: {problem} (byte {offset})", self.path.display()))
-        })
+        let with_path = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", self.path.display()));
+        read_at(&self.file, offset, buf).map_err(with_path)
     }
 
     /// Every tensor of the header with its name and its absolute offset; all rules of the format are checked.
     fn read_header(&self) -> Result<Vec<(String, TensorInfo, u64)>, HfError> {
         let bad = |problem: String| HfError::bad(&self.path, problem);
-        let short = |e| HfError::io(&self.path, e);
+        let read =
+            |offset, buf: &mut [u8]| read_at(&self.file, offset, buf).map_err(|e| HfError::io(&self.path, e));
         if self.bytes < 8 {
             return Err(bad(format!(
                 "has {} bytes, too few for a safetensors file; fetch it again",
@@ -209,7 +205,7 @@ impl Shard {
             )));
         }
         let mut length = [0; 8];
-        self.read_at(0, &mut length).map_err(short)?;
+        read(0, &mut length)?;
         if &length == b"version " {
             return Err(bad("is a Git LFS pointer, not the weights; run `git lfs pull`".into()));
         }
@@ -226,7 +222,7 @@ impl Shard {
             )));
         }
         let mut header = vec![0; header_bytes as usize];
-        self.read_at(8, &mut header).map_err(short)?;
+        read(8, &mut header)?;
         let (metadata, tensors) =
             parse_header(&header).map_err(|problem| bad(format!("header: {problem}")))?;
 
@@ -450,7 +446,8 @@ mod tests {
     #[test]
     fn refuses_what_does_not_fit_the_config() {
         const Q: &str = "model.layers.0.self_attn.q_proj.weight";
-        let table: [(fn(&mut Value, &mut Vec<u8>), &str); 9] = [
+        type Change = fn(&mut Value, &mut Vec<u8>);
+        let table: [(Change, &str); 9] = [
             (|h, _| h[Q]["shape"] = json!([4, 16]), "has shape [4, 16]; config.json makes it [8, 8]"),
             (|h, _| h[Q]["shape"] = json!([64]), "has shape [64]; config.json makes it [8, 8]"),
             (|h, _| h[Q]["dtype"] = json!("I16"), "q_proj.weight is I16; BF16, F16 and F32 are supported"),
@@ -514,7 +511,8 @@ mod tests {
     #[test]
     fn refuses_headers_that_lie() {
         const NORM: &str = "model.norm.weight";
-        let table: [(fn(&mut Value), &str); 10] = [
+        type Change = fn(&mut Value);
+        let table: [(Change, &str); 10] = [
             (|h| h[NORM]["data_offsets"][0] = json!(0), "invalid offset"),
             (|h| h[NORM]["data_offsets"] = json!([16, 0]), "invalid"),
             (
@@ -612,7 +610,8 @@ mod tests {
 
     #[test]
     fn reads_shards_and_refuses_indices_that_lie() {
-        let table: [(fn(&mut serde_json::Map<String, Value>), &str); 7] = [
+        type Change = fn(&mut serde_json::Map<String, Value>);
+        let table: [(Change, &str); 7] = [
             (
                 |m| drop(m.insert("x".into(), json!("model-1-of-2.safetensors"))),
                 "says that tensor \"x\" is in \"model-1-of-2",
@@ -665,7 +664,7 @@ mod tests {
         file.set_len(20).unwrap();
         let error = checkpoint.read(0, 0, &mut [0; 16]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-        assert!(error.to_string().contains("model.safetensors: ends early"), "{error}");
+        assert!(error.to_string().contains("model.safetensors: there is no byte "), "{error}");
         assert!(checkpoint.check_unchanged().is_err());
     }
 
