@@ -5,10 +5,14 @@ mod common;
 use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime};
 
 use common::*;
 use half::bf16;
+use mr_convert::Target;
+use mruntime::Pool;
+use mruntime::hf::Qwen2Dir;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
@@ -131,6 +135,35 @@ fn the_first_bad_value_is_named_with_any_number_of_threads() {
     assert!(message.contains("model.layers.0.mlp.down_proj.weight["), "{message}");
     for _ in 0..5 {
         assert_eq!(fails(dir.path(), &out, &["--threads", "8"]), message);
+    }
+}
+
+#[test]
+fn weights_that_change_while_they_are_read() {
+    let (model_dir, out_dir) = (tempdir().unwrap(), tempdir().unwrap());
+    let out = out_dir.path().join("out.mrt");
+    let weights = model_dir.path().join("model.safetensors");
+    let whole = std::fs::read(tiny("tied").join("model.safetensors")).unwrap();
+    let mut other = whole.clone();
+    *other.last_mut().unwrap() ^= 1;
+    for (changed, expected) in [
+        (&other[..], "model.safetensors: changed while it was read"),
+        (&whole[..whole.len() - 1], "model.safetensors: there is no byte 179943"),
+        (&whole[..1000], "the file is shorter than it should be"),
+    ] {
+        copy_model(&tiny("tied"), model_dir.path());
+        std::fs::write(&out, "old").unwrap();
+        let model = Qwen2Dir::open(model_dir.path()).unwrap();
+        let target = Target::create(&out, &model).unwrap();
+        // In place, as a download that goes on would; time stamps may be coarse.
+        std::fs::write(&weights, changed).unwrap();
+        File::options().write(true).open(&weights).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        let mut pool = Pool::new(2).unwrap();
+        let error = mr_convert::convert(&model, target, None, &mut pool, &AtomicBool::new(false));
+        let message = error.unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+        assert_eq!(std::fs::read(&out).unwrap(), b"old");
+        assert_eq!(names(out_dir.path()), ["out.mrt"]);
     }
 }
 
