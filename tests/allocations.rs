@@ -44,7 +44,7 @@ fn forward_and_generate_allocate_nothing() {
             .map(|options| Sampler::new(options, tiny.vocab, run.isa).unwrap());
         // A thread's own start allocates: wait until all have started.
         let started = Barrier::new(run.threads);
-        model.pool.run(run.threads, |_, _| drop(started.wait()));
+        model.pool.run(run.threads, |_, _| _ = started.wait());
 
         let prefill = allocations(|| model.forward(prompt, &mut logits));
         assert_eq!(prefill, 0, "prefill");

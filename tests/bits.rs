@@ -1,5 +1,5 @@
-//! The numerics contract on whole models: the same bits on every machine, which the stored logits prove, and with
-//! every instruction set, number of threads and division of the text into calls and batches.
+//! What is the same bit for bit, on whole models: converted files, and the logits of every instruction set, number of
+//! threads and division of the text into calls and batches. That machines agree with each other, the stored results prove.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +18,21 @@ fn last_logits(model: &TinyModel, run: Run) -> Vec<f32> {
     let (cfg, weights) = model.load();
     let last = |ids: &[u32]| logits(&cfg, weights.bytes(), ids, run).split_off((ids.len() - 1) * model.vocab);
     model.prompts.iter().flat_map(|prompt| last(&prompt.ids)).collect()
+}
+
+/// The SHA-256 of every model's `.mrt` file.
+fn stored_files() -> PathBuf {
+    goldens().join("bits/converted.sha256")
+}
+
+/// In the manner of `sha256sum`.
+fn converted_files(threads: usize) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let line = |model: TinyModel| {
+        let name = format!("{}.mrt", model.name());
+        format!("{}  {name}\n", model.convert(&dir.path().join(&name), threads).sha256)
+    };
+    TinyModel::all().into_iter().map(line).collect()
 }
 
 #[test]
@@ -50,11 +65,19 @@ fn threads_and_batches_change_no_bit() {
     }
 }
 
-/// For a change that moves bits on purpose: `cargo test -p mruntime-tests --test bits -- --ignored`.
+#[test]
+fn conversion_gives_the_stored_bytes() {
+    let want = std::fs::read_to_string(stored_files()).unwrap();
+    for threads in [1, 2, 5] {
+        assert_eq!(converted_files(threads), want, "{threads} threads");
+    }
+}
+
+/// For a change that moves bits on purpose: `cargo test -p mruntime-tests --test bits -- --ignored`
 #[test]
 #[ignore = "writes the files that the other tests compare with"]
-fn write_the_stored_logits() {
-    std::fs::create_dir_all(goldens().join("bits")).unwrap();
+fn write_the_stored_results() {
+    std::fs::write(stored_files(), converted_files(1)).unwrap();
     for model in TinyModel::all() {
         let numbers = last_logits(&model, Run::REFERENCE);
         let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();

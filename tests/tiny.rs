@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use mrt_format::{Qwen2Config, qwen2_weights_layout};
+use mruntime::{Backing, Model, OpenOptions, Pool, Verify};
 use mruntime_tests::{Run, TinyModel, compare_greedy, logits, max_abs_difference, read_f32, with_model};
 
 /// The largest difference of a logit from transformers with an FP16 KV cache.
@@ -35,6 +36,22 @@ fn ours(model: &TinyModel, cfg: &Qwen2Config, weights: &[u8]) -> Vec<Vec<f32>> {
 fn difference(model: &TinyModel, cfg: &Qwen2Config, weights: &[u8]) -> f32 {
     let pairs = ours(model, cfg, weights).into_iter().zip(golden(model, "golden_logits_kv16.bin"));
     pairs.map(|(ours, golden)| max_abs_difference(&ours, &golden)).fold(0.0, f32::max)
+}
+
+#[test]
+fn a_converted_file_holds_what_loading_packs() {
+    let dir = tempfile::tempdir().unwrap();
+    for tiny in TinyModel::all() {
+        let (cfg, weights) = tiny.load();
+        let path = dir.path().join("model.mrt");
+        tiny.convert(&path, 2);
+        for backing in [Backing::Map, Backing::Read] {
+            let options = OpenOptions { backing, verify: Verify::Full, expected_root: None };
+            let model = Model::open(&path, &options, &mut Pool::new(2).unwrap()).unwrap();
+            assert_eq!(model.config(), &cfg, "{}", tiny.name());
+            assert!(model.arena() == weights.bytes(), "{}", tiny.name());
+        }
+    }
 }
 
 #[test]

@@ -4,11 +4,15 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 
+use mr_convert::{Converted, Target};
 use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
 use mruntime::{
-    Arena, GenerateOptions, Isa, KvCache, Limits, Pool, Qwen2Config, Qwen2Weights, Sampler, SamplingOptions,
-    Scratch, create_qwen2_arenas, qwen2_forward, qwen2_generate, qwen2_init_kv_cache, qwen2_init_scratch,
+    Arena, GenerateOptions, Isa, KvCache, Limits, Model, OpenOptions, Pool, Qwen2Config, Qwen2Weights,
+    Sampler, SamplingOptions, Scratch, create_qwen2_arenas, qwen2_forward, qwen2_generate,
+    qwen2_init_kv_cache, qwen2_init_scratch,
 };
 use serde::Deserialize;
 
@@ -81,6 +85,37 @@ impl TinyModel {
         let weights = qwen2_load_weights(&model, &mut Pool::new(2).unwrap()).unwrap();
         (model.config, weights)
     }
+
+    /// Converts it to `path` with that many threads.
+    pub fn convert(&self, path: &Path, threads: usize) -> Converted {
+        convert(&Qwen2Dir::open(&self.dir).unwrap(), path, threads)
+    }
+}
+
+/// SmolLM2-135M-Instruct, converted once in this process and mapped.
+///
+/// # Panics
+/// If nobody has fetched it.
+pub fn smollm2() -> &'static Model {
+    static MODEL: OnceLock<Model> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
+        let dir = Qwen2Dir::open(&models.join("SmolLM2-135M-Instruct")).unwrap_or_else(|e| {
+            panic!("{e}\nrun tests/run.sh, or models/get_smollm2.py, which fetches the model")
+        });
+        // Not in the system's folder for temporary files, which may be in memory. The mapping outlives the name.
+        let folder = tempfile::tempdir_in(models).unwrap();
+        let path = folder.path().join("smollm2.mrt");
+        convert(&dir, &path, 2);
+        Model::open(&path, &OpenOptions::default(), &mut Pool::new(1).unwrap()).unwrap()
+    })
+}
+
+/// `mr-convert`, with that many threads.
+fn convert(model: &Qwen2Dir, path: &Path, threads: usize) -> Converted {
+    let target = Target::create(path, model).unwrap();
+    mr_convert::convert(model, target, None, &mut Pool::new(threads).unwrap(), &AtomicBool::new(false))
+        .unwrap()
 }
 
 /// How a text is run through a model. None of it may change a bit of the logits.
@@ -210,3 +245,8 @@ pub fn max_abs_difference(a: &[f32], b: &[f32]) -> f32 {
     // Unlike `f32::max`, this lets a NaN through.
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d <= max { max } else { d })
 }
+
+/// The example of README.md, compiled as a doc test.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
