@@ -1,5 +1,8 @@
 //! The instruction set that an operation runs on, and the one place where generic code meets it.
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
+
 /// An instruction set that this machine has.
 ///
 /// A value is proof of detection: it comes only from [`Isa::detect`], [`Isa::supported`] and
@@ -16,6 +19,8 @@ pub(crate) enum Kind {
     Avx512,
     #[cfg(target_arch = "aarch64")]
     Neon,
+    #[cfg(target_arch = "aarch64")]
+    NeonFhm,
 }
 
 impl Isa {
@@ -37,6 +42,8 @@ impl Isa {
             Kind::Avx512,
             #[cfg(target_arch = "aarch64")]
             Kind::Neon,
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonFhm,
         ];
         ALL.iter().copied().filter(|kind| kind.is_detected()).map(Isa)
     }
@@ -46,7 +53,7 @@ impl Isa {
         Isa::supported().find(|isa| isa.name() == name)
     }
 
-    /// `portable`, `avx2`, `avx512` or `neon`.
+    /// `portable`, `avx2`, `avx512`, `neon` or `neon-fhm`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Portable => "portable",
@@ -56,6 +63,8 @@ impl Isa {
             Kind::Avx512 => "avx512",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonFhm => "neon-fhm",
         }
     }
 }
@@ -73,7 +82,9 @@ impl Kind {
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => is_x86_feature_detected!("avx512f") && Kind::Avx2.is_detected(),
             #[cfg(target_arch = "aarch64")]
-            Kind::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            Kind::Neon => is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonFhm => is_aarch64_feature_detected!("fhm") && Kind::Neon.is_detected(),
         }
     }
 }
@@ -110,12 +121,46 @@ macro_rules! dispatch {
                 #[target_feature(enable = "neon")]
                 unsafe fn on_neon($($arg: $ty),*) $(-> $ret)? {
                     // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::neon::Lanes16>($($arg),*) }
+                    unsafe { $function::<$crate::neon::Lanes16<false>>($($arg),*) }
                 }
                 // SAFETY: an `Isa` proves that its features were detected.
                 unsafe { on_neon($($arg),*) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            $crate::isa::Kind::NeonFhm => {
+                #[target_feature(enable = "neon,fhm")]
+                unsafe fn on_neon_fhm($($arg: $ty),*) $(-> $ret)? {
+                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
+                    unsafe { $function::<$crate::neon::Lanes16<true>>($($arg),*) }
+                }
+                // SAFETY: an `Isa` proves that its features were detected.
+                unsafe { on_neon_fhm($($arg),*) }
             }
         }
     };
 }
 pub(crate) use dispatch;
+
+#[cfg(all(test, target_arch = "aarch64", target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// The kernel's word for what the processor can do: entry AT_HWCAP of the auxiliary vector.
+    fn hwcap() -> u64 {
+        const AT_HWCAP: u64 = 16;
+        let auxv = std::fs::read("/proc/self/auxv").unwrap();
+        let words: Vec<u64> = auxv.as_chunks().0.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect();
+        words.as_chunks().0.iter().find_map(|&[key, value]| (key == AT_HWCAP).then_some(value)).unwrap()
+    }
+
+    #[test]
+    fn what_the_processor_lacks_is_not_supported() {
+        const ASIMD: u64 = 1 << 1;
+        const ASIMDFHM: u64 = 1 << 23;
+        let names: Vec<_> = Isa::supported().map(Isa::name).collect();
+        let want = [(0, "portable"), (ASIMD, "neon"), (ASIMDFHM, "neon-fhm")];
+        let want: Vec<_> =
+            want.iter().filter(|(bit, _)| hwcap() & bit == *bit).map(|(_, name)| *name).collect();
+        assert_eq!(names, want);
+    }
+}

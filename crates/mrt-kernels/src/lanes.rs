@@ -2,6 +2,8 @@
 
 use half::f16;
 
+use crate::panel::LANES;
+
 /// The largest finite FP16 number. What goes into the KV cache is clamped to it, so that an outlier saturates
 /// instead of becoming an infinity.
 pub(crate) const F16_MAX: f32 = 65504.0;
@@ -20,22 +22,13 @@ pub(crate) trait Lanes: Copy {
     const TILE_GROUPS: usize;
     /// Rows up to which the registers hold all 32 columns of a panel beside its widened FP16 row.
     const DIRECT_ROWS: usize;
-    /// Whether a product should take four inputs of a row at a time ([`Lanes::splat_4`]): where an FMA can pick one
-    /// lane of an operand, and a broadcast from memory would be an instruction of its own.
-    const SPLAT_4: bool = false;
+    /// Inputs (k) that [`Lanes::tile_steps`] takes at a time.
+    const K_STEP: usize = 1;
 
     /// All lanes `x`.
     /// # Safety
     /// The machine has this instruction set.
     unsafe fn splat(x: f32) -> Self;
-    /// All lanes `p[0]`, all lanes `p[1]`, and so on.
-    /// # Safety
-    /// The machine has this instruction set; `p` may be read for 4 f32. No alignment is needed.
-    #[inline(always)]
-    unsafe fn splat_4(p: *const f32) -> [Self; 4] {
-        // SAFETY: the same contract.
-        std::array::from_fn(|i| unsafe { Self::splat(*p.add(i)) })
-    }
     /// 16 consecutive f32.
     /// # Safety
     /// The machine has this instruction set; `p` may be read for 16 f32. No alignment is needed.
@@ -70,6 +63,48 @@ pub(crate) trait Lanes: Copy {
     /// The bits of each lane moved left by 23, from the low end of the significand into the exponent.
     fn shift_to_exponent(self) -> Self;
 
+    /// Adds the products of one input to the `R` rows of `16 * G` sums of a register tile.
+    /// # Safety
+    /// The machine has this instruction set; `x` has `R` elements, `x_stride` apart; `b` has `16 * G` elements.
+    #[inline(always)]
+    unsafe fn tile_step<E: Element, const R: usize, const G: usize>(
+        acc: &mut [[Self; G]; R],
+        x: *const f32,
+        x_stride: usize,
+        b: *const E,
+    ) {
+        // SAFETY: the contract above; r < R, g < G.
+        unsafe {
+            let mut w = [Self::splat(0.0); G];
+            for (g, w) in w.iter_mut().enumerate() {
+                *w = E::lanes(b.add(g * LANES));
+            }
+            for (r, row) in acc.iter_mut().enumerate() {
+                let x = Self::splat(*x.add(r * x_stride));
+                for (sum, w) in row.iter_mut().zip(w) {
+                    *sum = x.fma(w, *sum);
+                }
+            }
+        }
+    }
+
+    /// [`tile_step`](Lanes::tile_step) for `K_STEP` inputs, one after the other.
+    /// # Safety
+    /// As `tile_step`, for `K_STEP` consecutive elements of each row of `x` and as many rows of `b`, `b_stride` apart.
+    #[inline(always)]
+    unsafe fn tile_steps<E: Element, const R: usize, const G: usize>(
+        acc: &mut [[Self; G]; R],
+        x: *const f32,
+        x_stride: usize,
+        b: *const E,
+        b_stride: usize,
+    ) {
+        for i in 0..Self::K_STEP {
+            // SAFETY: the contract above; i < K_STEP.
+            unsafe { Self::tile_step(acc, x.add(i), x_stride, b.add(i * b_stride)) };
+        }
+    }
+
     /// The lanes as an array.
     #[inline(always)]
     fn to_array(self) -> [f32; 16] {
@@ -89,6 +124,30 @@ pub(crate) trait Lanes: Copy {
             }
         }
         a[0]
+    }
+}
+
+/// An element type of the right-hand side of a product: FP16 panels, or panels widened to f32.
+pub(crate) trait Element: Copy {
+    /// 16 elements as f32.
+    /// # Safety
+    /// As `Lanes::load`.
+    unsafe fn lanes<L: Lanes>(p: *const Self) -> L;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(p: *const f32) -> L {
+        // SAFETY: the same contract.
+        unsafe { L::load(p) }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(p: *const f16) -> L {
+        // SAFETY: the same contract.
+        unsafe { L::widen(p) }
     }
 }
 

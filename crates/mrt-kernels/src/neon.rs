@@ -1,17 +1,21 @@
 //! NEON: 16 lanes in four 128-bit registers.
 //!
 //! Of 32 registers the 6 × 16 tile takes 24 for accumulators, 6 for four inputs of each row of the left-hand side,
-//! and 2 for the right-hand side, of which each is used at once. 24 independent chains cover FMA's latency of 4
-//! cycles at four a cycle.
+//! and 2 for the right-hand side. 24 independent chains cover FMA's latency of 4 cycles at four a cycle, and up to
+//! six.
+//!
+//! With `FHM` (FEAT_FHM, FP16 products into f32 sums) FP16 is widened by multiplying by one: see [`widen_8`].
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 
 use half::f16;
 
-use crate::lanes::{F16_MAX, Lanes};
+use crate::lanes::{Element, F16_MAX, Lanes};
+use crate::panel::LANES;
 
 #[derive(Clone, Copy)]
-pub(crate) struct Lanes16([float32x4_t; 4]);
+pub(crate) struct Lanes16<const FHM: bool>([float32x4_t; 4]);
 
 /// `$op` on all quarters of the operands.
 macro_rules! each {
@@ -21,29 +25,16 @@ macro_rules! each {
     };
 }
 
-impl Lanes for Lanes16 {
+impl<const FHM: bool> Lanes for Lanes16<FHM> {
     const TILE_ROWS: usize = 6;
     const TILE_GROUPS: usize = 1;
-    const DIRECT_ROWS: usize = 2;
-    const SPLAT_4: bool = true;
+    const DIRECT_ROWS: usize = 3;
+    const K_STEP: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the caller promises the instruction set.
         Lanes16([unsafe { vdupq_n_f32(x) }; 4])
-    }
-    #[inline(always)]
-    unsafe fn splat_4(p: *const f32) -> [Self; 4] {
-        // SAFETY: the caller promises the instruction set and 4 readable f32.
-        unsafe {
-            let x = vld1q_f32(p);
-            [
-                Lanes16([vdupq_laneq_f32::<0>(x); 4]),
-                Lanes16([vdupq_laneq_f32::<1>(x); 4]),
-                Lanes16([vdupq_laneq_f32::<2>(x); 4]),
-                Lanes16([vdupq_laneq_f32::<3>(x); 4]),
-            ]
-        }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
@@ -54,14 +45,8 @@ impl Lanes for Lanes16 {
     unsafe fn widen(p: *const f16) -> Self {
         // SAFETY: the caller promises the instruction set and 16 readable FP16.
         unsafe {
-            let low = vreinterpretq_f16_u16(vld1q_u16(p.cast()));
-            let high = vreinterpretq_f16_u16(vld1q_u16(p.cast::<u16>().add(8)));
-            Lanes16([
-                vcvt_f32_f16(vget_low_f16(low)),
-                vcvt_high_f32_f16(low),
-                vcvt_f32_f16(vget_low_f16(high)),
-                vcvt_high_f32_f16(high),
-            ])
+            let ([a, b], [c, d]) = (widen_8::<FHM>(p), widen_8::<FHM>(p.add(8)));
+            Lanes16([a, b, c, d])
         }
     }
     #[inline(always)]
@@ -115,5 +100,125 @@ impl Lanes for Lanes16 {
     fn shift_to_exponent(self) -> Self {
         // SAFETY: the value proves the instruction set.
         Lanes16(self.0.map(|v| unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(v))) }))
+    }
+    #[inline(always)]
+    unsafe fn tile_step<E: Element, const R: usize, const G: usize>(
+        acc: &mut [[Self; G]; R],
+        x: *const f32,
+        x_stride: usize,
+        b: *const E,
+    ) {
+        // SAFETY: the caller promises the instruction set, an element of each row of `x`, and a row of `b`.
+        unsafe {
+            let mut one = [vdupq_n_f32(0.0); R];
+            for (r, one) in one.iter_mut().enumerate() {
+                *one = vld1q_dup_f32(x.add(r * x_stride));
+            }
+            fma_lane::<E, R, G, FHM, 0>(acc, &one, b);
+        }
+    }
+    #[inline(always)]
+    unsafe fn tile_steps<E: Element, const R: usize, const G: usize>(
+        acc: &mut [[Self; G]; R],
+        x: *const f32,
+        x_stride: usize,
+        b: *const E,
+        b_stride: usize,
+    ) {
+        // SAFETY: the caller promises the instruction set, 4 elements of each row of `x`, and 4 rows of `b`.
+        unsafe {
+            let mut four = [vdupq_n_f32(0.0); R];
+            for (r, four) in four.iter_mut().enumerate() {
+                *four = vld1q_f32(x.add(r * x_stride));
+            }
+            fma_lane::<E, R, G, FHM, 0>(acc, &four, b);
+            fma_lane::<E, R, G, FHM, 1>(acc, &four, b.add(b_stride));
+            fma_lane::<E, R, G, FHM, 2>(acc, &four, b.add(2 * b_stride));
+            fma_lane::<E, R, G, FHM, 3>(acc, &four, b.add(3 * b_stride));
+        }
+    }
+}
+
+/// -0.0 in all lanes of two registers.
+static NEGATIVE_ZEROS: [f32; 8] = [-0.0; 8];
+
+/// 8 consecutive FP16 numbers as f32, exactly.
+///
+/// FCVTL is two operations for two of the four vector units of Neoverse V1 and V2: one a cycle. FMLAL and FMLAL2
+/// (FEAT_FHM) run on all four, and -0 + h * 1 is h, with the sign of a zero too. They overwrite their summand,
+/// which is therefore loaded each time: a register move would take a vector unit again, a load takes none.
+///
+/// # Safety
+/// The machine has NEON, and FEAT_FHM if `FHM`; `p` may be read for 8 FP16.
+#[inline(always)]
+unsafe fn widen_8<const FHM: bool>(p: *const f16) -> [float32x4_t; 2] {
+    // SAFETY: the contract above; the assembly reads the 8 f32 of a static and writes its operands only.
+    unsafe {
+        let h = vld1q_u16(p.cast());
+        if FHM {
+            let (mut low, mut high);
+            asm!(
+                "ldp {low:q}, {high:q}, [{zeros}]",
+                "fmlal {low:v}.4s, {h:v}.4h, {one:v}.4h",
+                "fmlal2 {high:v}.4s, {h:v}.4h, {one:v}.4h",
+                low = out(vreg) low,
+                high = out(vreg) high,
+                h = in(vreg) h,
+                one = in(vreg) vdupq_n_u16(f16::ONE.to_bits()),
+                zeros = in(reg) &NEGATIVE_ZEROS,
+                options(pure, readonly, nostack, preserves_flags)
+            );
+            [low, high]
+        } else {
+            let h = vreinterpretq_f16_u16(h);
+            [vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)]
+        }
+    }
+}
+
+/// `acc[r] += x[r][LANE] * b` for `R` rows of `16 * G` sums.
+///
+/// The compiler keeps assembly in order. Left to itself (`vfmaq_laneq_f32` is the same instruction) it loads and
+/// widens the right-hand sides of several inputs first, and spills sums to make room for them.
+///
+/// # Safety
+/// The machine has NEON, and FEAT_FHM if `FHM`; `b` has `16 * G` elements.
+#[inline(always)]
+unsafe fn fma_lane<E: Element, const R: usize, const G: usize, const FHM: bool, const LANE: i32>(
+    acc: &mut [[Lanes16<FHM>; G]; R],
+    x: &[float32x4_t; R],
+    b: *const E,
+) {
+    for g in 0..G {
+        for q in [0, 2] {
+            // SAFETY: the contract above; 16 g + 4 q + 8 <= 16 G. The registers have no room for `widen_8`'s constant
+            // in tiles of more than three rows.
+            let w = unsafe {
+                let b = b.add(LANES * g + 4 * q);
+                if size_of::<E>() == size_of::<f32>() {
+                    [vld1q_f32(b.cast()), vld1q_f32(b.cast::<f32>().add(4))]
+                } else if R <= 3 {
+                    widen_8::<FHM>(b.cast())
+                } else {
+                    widen_8::<false>(b.cast())
+                }
+            };
+            for (q, w) in [(q, w[0]), (q + 1, w[1])] {
+                for r in 0..R {
+                    let sum = &mut acc[r][g].0[q];
+                    // SAFETY: NEON is the caller's promise; the assembly writes nothing but `sum`.
+                    unsafe {
+                        asm!(
+                            "fmla {sum:v}.4s, {w:v}.4s, {x:v}.s[{lane}]",
+                            sum = inout(vreg) *sum,
+                            w = in(vreg) w,
+                            x = in(vreg) x[r],
+                            lane = const LANE,
+                            options(nostack, preserves_flags)
+                        );
+                    }
+                }
+            }
+        }
     }
 }

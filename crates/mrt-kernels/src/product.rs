@@ -7,7 +7,7 @@
 use half::f16;
 
 use crate::isa::{Isa, dispatch};
-use crate::lanes::Lanes;
+use crate::lanes::{Element, Lanes};
 use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
 use crate::window::Window;
@@ -238,30 +238,6 @@ unsafe fn tiles<L: Lanes, const G: usize>(
     }
 }
 
-/// An element type of the right-hand side.
-trait Element: Copy {
-    /// 16 elements as f32.
-    /// # Safety
-    /// As `Lanes::load`.
-    unsafe fn lanes<L: Lanes>(p: *const Self) -> L;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn lanes<L: Lanes>(p: *const f32) -> L {
-        // SAFETY: the same contract.
-        unsafe { L::load(p) }
-    }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    unsafe fn lanes<L: Lanes>(p: *const f16) -> L {
-        // SAFETY: the same contract.
-        unsafe { L::widen(p) }
-    }
-}
-
 /// [`tile`] with a height known only at run time, at most `L::TILE_ROWS`.
 ///
 /// # Safety
@@ -312,17 +288,12 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
                 *sum = L::load(sums.add(r * PANEL + g * LANES));
             }
         }
-        for i in 0..k {
-            let mut w = [L::splat(0.0); G];
-            for (g, w) in w.iter_mut().enumerate() {
-                *w = E::lanes(b.add(i * b_stride + g * LANES));
-            }
-            for (r, row) in acc.iter_mut().enumerate() {
-                let x = L::splat(*x.add(r * x_stride + i));
-                for (sum, w) in row.iter_mut().zip(w) {
-                    *sum = x.fma(w, *sum);
-                }
-            }
+        let whole = k / L::K_STEP * L::K_STEP;
+        for i in (0..whole).step_by(L::K_STEP) {
+            L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * b_stride), b_stride);
+        }
+        for i in whole..k {
+            L::tile_step(&mut acc, x.add(i), x_stride, b.add(i * b_stride));
         }
         for (r, row) in acc.iter().enumerate() {
             for (g, sum) in row.iter().enumerate() {
