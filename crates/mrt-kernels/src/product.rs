@@ -290,6 +290,7 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
         }
         let whole = k / L::K_STEP * L::K_STEP;
         for i in (0..whole).step_by(L::K_STEP) {
+            E::prefetch::<L>(b.wrapping_add(i * b_stride));
             L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * b_stride), b_stride);
         }
         for i in whole..k {
