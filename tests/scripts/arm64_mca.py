@@ -14,14 +14,14 @@ need LLVM 22 (Debian: llvm-22). Not a measurement.
 """
 
 import argparse
-import glob
 import os
 import re
 import subprocess
 import sys
 
+from arm64_rustc import TARGET, rustc, target_dir
+
 CORES = ["neoverse-n1", "neoverse-v1", "neoverse-v2", "cortex-x4", "apple-m1"]
-TARGET = "aarch64-unknown-linux-gnu"
 ITERATIONS = 200
 
 
@@ -31,19 +31,13 @@ def run(*command, **options):
 
 def build():
     """Compiles mrt-kernels and returns the path of its object file."""
-    for rustc in [os.environ.get("ARM64_RUSTC", "rustc"), "/usr/bin/rustc"]:
-        libraries = run(rustc, "--print", "target-libdir", "--target", TARGET).strip()
-        if glob.glob(libraries + "/libstd-*.rlib"):
-            break
-    else:
-        sys.exit(f"no compiler has the standard library of {TARGET}; tests/arm64.sh installs one")
     root = os.path.join(os.path.dirname(__file__), "../..")
-    folder = os.path.join(os.environ.get("CARGO_TARGET_DIR", os.path.join(root, "target")), "arm64-mca")
+    folder = target_dir("arm64-mca")
     os.makedirs(folder, exist_ok=True)
-    path = os.path.abspath(os.path.join(folder, "mrt_kernels.o"))
+    path = os.path.join(folder, "mrt_kernels.o")
     command = ["cargo", "rustc", "--quiet", "--release", "-p", "mrt-kernels", "--lib", "--target", TARGET]
     command += ["--target-dir", folder, "--", f"--emit=obj={path}"]
-    settings = {"RUSTC": rustc, "CARGO_PROFILE_RELEASE_LTO": "off"}
+    settings = {"RUSTC": rustc(), "CARGO_PROFILE_RELEASE_LTO": "off"}
     subprocess.run(command, check=True, cwd=root, env=os.environ | settings)
     return path
 
