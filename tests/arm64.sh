@@ -56,18 +56,11 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-
 export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
 unset RUSTFLAGS
 
-test_on_arm64() {
-    # A folder of its own: another compiler would build everything anew in the host's.
-    cargo test --target "$target" --target-dir "${CARGO_TARGET_DIR:-target}/arm64" "$@"
-}
-
+# One call, so that all is built once.
+(($#)) || set -- --lib --test bits -p mrt-format -p mrt-kernels -p mruntime -p mruntime-tests
 for cpu in ${ARM64_CPUS:-max}; do
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$qemu -cpu $cpu"
     echo "arm64.sh: $("$RUSTC" --version), qemu CPU $cpu" >&2
-    if (($#)); then
-        test_on_arm64 "$@"
-    else
-        test_on_arm64 --lib -p mrt-format -p mrt-kernels -p mruntime
-        test_on_arm64 -p mruntime-tests --test bits
-    fi
+    # A folder of its own: another compiler would build everything anew in the host's.
+    cargo test --target "$target" --target-dir "${CARGO_TARGET_DIR:-target}/arm64" "$@"
 done
