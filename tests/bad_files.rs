@@ -11,7 +11,7 @@ use mruntime_tests::{Run, TinyModel, bits, logits};
 use tempfile::TempDir;
 
 fn options(backing: Backing, verify: Verify) -> OpenOptions {
-    OpenOptions { backing, verify, expected_root: None }
+    OpenOptions { backing, verify, ..OpenOptions::default() }
 }
 
 fn open(path: &Path, options: &OpenOptions) -> Result<Model, Error> {

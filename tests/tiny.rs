@@ -46,7 +46,7 @@ fn a_converted_file_holds_what_loading_packs() {
         let path = dir.path().join("model.mrt");
         tiny.convert(&path, 2);
         for backing in [Backing::Map, Backing::Read] {
-            let options = OpenOptions { backing, verify: Verify::Full, expected_root: None };
+            let options = OpenOptions { backing, verify: Verify::Full, ..OpenOptions::default() };
             let model = Model::open(&path, &options, &mut Pool::new(2).unwrap()).unwrap();
             assert_eq!(model.config(), &cfg, "{}", tiny.name());
             assert!(model.arena() == weights.bytes(), "{}", tiny.name());

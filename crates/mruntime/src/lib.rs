@@ -15,6 +15,7 @@ mod model;
 mod ops;
 #[expect(unsafe_code, reason = "hands parts of borrowed data to other threads")]
 pub mod pool;
+mod prefault;
 mod sampling;
 mod session;
 mod weights;
@@ -27,7 +28,7 @@ pub use forward::{
 };
 pub use generate::{GenerateOptions, Generated, StopReason, qwen2_generate};
 pub use kv_cache::{KvCache, qwen2_init_kv_cache};
-pub use model::{Backing, Model, OpenOptions, Verify};
+pub use model::{Backing, Model, OpenOptions, Prefault, Verify};
 pub use mrt_format::{Digest, FormatError, GenerationDefaults, Qwen2Config};
 pub use mrt_kernels::Isa;
 pub use pool::{Blocks, Chunks, PerWorker, Pool, Split};

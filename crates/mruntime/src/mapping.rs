@@ -2,7 +2,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
+#[cfg(unix)]
+use memmap2::Advice;
 use memmap2::{Mmap, MmapOptions};
 
 /// A part of a file, mapped read-only: its pages are the page cache's, shared by all processes that map the file.
@@ -20,11 +23,23 @@ impl Mapping {
         let map = unsafe { MmapOptions::new().offset(offset).len(bytes).map(file)? };
         // Advice that a kernel or file system does not know leaves a slower mapping, not a wrong one.
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        let _ = map.advise(Advice::HugePage);
         Ok(Self(map))
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0
+    }
+
+    /// Brings the pages of `range` into memory and maps them, before they are used. Where the system cannot map ahead
+    /// it is asked to read ahead; advice that is not taken leaves the pages to be brought in by their first use.
+    pub(crate) fn populate(&self, range: Range<usize>) {
+        let (offset, len) = (range.start, range.len());
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if self.0.advise_range(Advice::PopulateRead, offset, len).is_ok() {
+            return;
+        }
+        #[cfg(unix)]
+        let _ = self.0.advise_range(Advice::WillNeed, offset, len);
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use mrt_format::{
     CHUNK_BYTES, Digest, FormatError, GENERATION, GenerationDefaults, HEADER_BYTES, Prologue, Qwen2Config,
@@ -13,6 +14,7 @@ use crate::arena::{ALIGNMENT, Arena, HUGE_PAGE};
 use crate::error::Error;
 use crate::mapping::Mapping;
 use crate::pool::{Chunks, Pool};
+use crate::prefault;
 use crate::weights::Qwen2Weights;
 
 /// Where the weights live.
@@ -32,6 +34,21 @@ pub enum Backing {
     Read,
 }
 
+/// When mapped weights are brought into memory. Their file's pages may be on disk only; and where they are in memory,
+/// each has to be made known to the process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prefault {
+    /// By their first use.
+    #[default]
+    OnUse,
+    /// By a thread that opening starts, in the order in which a forward pass uses them, and ahead of it: for whoever
+    /// generates at once. From disk this reads at the disk's rate while the threads compute. The thread ends when it
+    /// is done, or with the model.
+    Background,
+    /// By the pool, before opening returns: no later use waits for the disk, as long as the system keeps the pages.
+    AtOpen,
+}
+
 /// What is checked when a model is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
@@ -47,6 +64,8 @@ pub enum Verify {
 pub struct OpenOptions {
     /// Where the weights live.
     pub backing: Backing,
+    /// When mapped weights are brought into memory.
+    pub prefault: Prefault,
     /// What is checked.
     pub verify: Verify,
     /// The root digest that the file must have, if it is known from elsewhere.
@@ -73,7 +92,11 @@ enum Source {
 }
 
 enum WeightArena {
-    Mapped(Mapping),
+    Mapped {
+        mapping: Arc<Mapping>,
+        /// Stopped when the model is dropped.
+        _background: Option<prefault::Background>,
+    },
     Read(Arena),
     Static(&'static [u8]),
 }
@@ -111,7 +134,7 @@ impl Model {
     ) -> Result<Self, Error> {
         let source = Source::File { file, offset };
         let prologue = read_prologue(&source, bytes, options, path)?;
-        let arena = open_arena(&source, &prologue, options.backing, path, pool)?;
+        let arena = open_arena(&source, &prologue, options, path, pool)?;
         Self { path: path.into(), source, prologue, arena }.checked(options, pool)
     }
 
@@ -165,7 +188,7 @@ impl Model {
     /// The weight arena.
     pub fn arena(&self) -> &[u8] {
         match &self.arena {
-            WeightArena::Mapped(mapping) => mapping.bytes(),
+            WeightArena::Mapped { mapping, .. } => mapping.bytes(),
             WeightArena::Read(arena) => arena.bytes(),
             WeightArena::Static(bytes) => bytes,
         }
@@ -174,7 +197,7 @@ impl Model {
     /// Where the weights live, which may be `Read` although `Map` was asked for; `None` for a static slice.
     pub fn backing(&self) -> Option<Backing> {
         match self.arena {
-            WeightArena::Mapped(_) => Some(Backing::Map),
+            WeightArena::Mapped { .. } => Some(Backing::Map),
             WeightArena::Read(_) => Some(Backing::Read),
             WeightArena::Static(_) => None,
         }
@@ -311,13 +334,13 @@ fn read_prologue(source: &Source, bytes: u64, options: &OpenOptions, path: &Path
 fn open_arena(
     source: &Source,
     prologue: &Prologue,
-    backing: Backing,
+    options: &OpenOptions,
     path: &Path,
     pool: &mut Pool,
 ) -> Result<WeightArena, Error> {
     let io_error = |source| Error::Io { path: path.into(), source };
     let (start, bytes) = (prologue.arena_offset(), prologue.layout().arena_bytes);
-    if let (Source::File { file, offset }, Backing::Map) = (source, backing)
+    if let (Source::File { file, offset }, Backing::Map) = (source, options.backing)
         && (offset + start).is_multiple_of(ALIGNMENT as u64)
     {
         let too_large = |_| io::Error::other(format!("{bytes} bytes of weights, too many for this machine"));
@@ -329,7 +352,7 @@ fn open_arena(
             let problem = FormatError::Truncated { actual, expected };
             return Err(Error::Format { path: path.into(), problem });
         }
-        return Ok(WeightArena::Mapped(mapping));
+        return Ok(prefault_mapping(mapping, prologue, options.prefault, pool));
     }
     let mut arena = Arena::new(bytes)?;
     let mut results: Vec<_> = (0..prologue.chunk_count()).map(|_| Ok(())).collect();
@@ -339,6 +362,24 @@ fn open_arena(
     });
     results.into_iter().collect::<io::Result<()>>().map_err(io_error)?;
     Ok(WeightArena::Read(arena))
+}
+
+/// A mapped arena, brought into memory as asked: all that a forward pass reads. An embedding table of its own is not of
+/// that: a few columns of it are used, wherever they are.
+fn prefault_mapping(mapping: Mapping, prologue: &Prologue, when: Prefault, pool: &mut Pool) -> WeightArena {
+    let start = prologue.layout().layer0.attn_norm.offset as usize;
+    let range = start..mapping.bytes().len();
+    let mapping = Arc::new(mapping);
+    let mut background = None;
+    match when {
+        Prefault::OnUse => {}
+        Prefault::Background => background = Some(prefault::Background::start(Arc::clone(&mapping), range)),
+        Prefault::AtOpen => {
+            let pieces: Vec<_> = prefault::pieces(range).collect();
+            pool.run(pieces.len(), |_, i| mapping.populate(pieces[i].clone()));
+        }
+    }
+    WeightArena::Mapped { mapping, _background: background }
 }
 
 #[cfg(test)]
@@ -384,7 +425,7 @@ mod tests {
     }
 
     fn all_options() -> [OpenOptions; 4] {
-        let option = |backing, verify| OpenOptions { backing, verify, expected_root: None };
+        let option = |backing, verify| OpenOptions { backing, verify, ..OpenOptions::default() };
         [
             option(Backing::Map, Verify::Header),
             option(Backing::Map, Verify::Full),
@@ -526,6 +567,38 @@ mod tests {
             let other = OpenOptions { expected_root: Some(sha256(b"")), ..options };
             assert!(error_of(&good, &other).starts_with("another file than expected: its root digest is "));
         }
+    }
+
+    /// KiB of the mapping that begins at `bytes` that this process has pages of.
+    #[cfg(target_os = "linux")]
+    fn resident_kib(bytes: &[u8]) -> u64 {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let begin = format!("{:x}-", bytes.as_ptr().addr());
+        let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&begin));
+        let rss = lines.find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")).unwrap();
+        rss.parse().unwrap()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn weights_are_brought_in_when_asked() {
+        let (bytes, start) = model_bytes();
+        let file = file_of(&bytes);
+        let kib = ((bytes.len() - start) as u64).div_ceil(4096) * 4;
+        let mut pool = Pool::new(2).unwrap();
+        let mut open = |prefault| {
+            let options = OpenOptions { prefault, ..OpenOptions::default() };
+            Model::open(&file, &options, &mut pool).unwrap()
+        };
+        assert_eq!(resident_kib(open(Prefault::OnUse).arena()), 0);
+        assert_eq!(resident_kib(open(Prefault::AtOpen).arena()), kib);
+        let model = open(Prefault::Background);
+        while resident_kib(model.arena()) < kib {
+            std::thread::yield_now();
+        }
+        assert!(model.arena() == &bytes[start..]);
+        // Dropped before it is done.
+        drop(open(Prefault::Background));
     }
 
     #[test]
