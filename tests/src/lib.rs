@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod fuzz;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

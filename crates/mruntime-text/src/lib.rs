@@ -30,6 +30,7 @@
 
 mod config;
 mod error;
+mod namespace;
 mod stream;
 mod template;
 #[cfg(test)]

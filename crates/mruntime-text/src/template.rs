@@ -1,11 +1,14 @@
 //! Conversations as the text that a model was trained on, by its Jinja template, as transformers does it.
 
 use std::io;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, State, Value, context};
 
+use crate::namespace::{namespace, with_assignments_as_calls};
 use crate::tojson::tojson;
 use crate::{SpecialTokenNames, TextError};
 
@@ -18,6 +21,9 @@ const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// Stack for compiling and rendering, which recurse as deep as expressions and values are nested. Within the limits of
 /// source and fuel that is far deeper than a thread's usual stack holds. Unused stack costs nothing.
 const STACK_BYTES: usize = 256 << 20;
+/// Time that compiling or rendering may take; ten thousand messages take some tenths of a second. Comparing
+/// lists that hold one list many times over, or joining them to text, costs no fuel and may take for ever.
+const MAX_TIME: Duration = Duration::from_secs(5);
 /// Longest text that a template may write, in bytes: more than the largest context holds.
 const MAX_TEXT_BYTES: usize = 16 << 20;
 
@@ -27,7 +33,7 @@ const MAX_TEXT_BYTES: usize = 16 << 20;
 /// its `tojson`, `break` and `continue`, `{% generation %}`, the methods of Python's strings and dicts. Rendering has
 /// limits of time, memory and length, so a hostile template ends with an error.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
 }
 
 impl ChatTemplate {
@@ -49,6 +55,7 @@ impl ChatTemplate {
         minijinja_contrib::add_to_environment(&mut environment);
         environment.add_filter("tojson", tojson);
         environment.add_test("iterable", |value: Value| !value.is_none() && value.try_iter().is_ok());
+        environment.add_function("namespace", namespace);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         for (variable, token) in names.iter() {
@@ -57,9 +64,12 @@ impl ChatTemplate {
         if !names.additional.is_empty() {
             environment.add_global("additional_special_tokens", Value::from(names.additional.clone()));
         }
-        let source = without_generation_blocks(source);
-        on_large_stack(|| environment.add_template_owned(NAME, source).map_err(template_error))?;
-        Ok(ChatTemplate { environment })
+        let source = with_assignments_as_calls(&without_generation_blocks(source));
+        let environment = on_large_stack(|| {
+            environment.add_template_owned(NAME, source).map_err(template_error)?;
+            Ok(environment)
+        })?;
+        Ok(ChatTemplate { environment: Arc::new(environment) })
     }
 
     /// Renders a conversation.
@@ -77,14 +87,15 @@ impl ChatTemplate {
         tools: Option<&[serde_json::Value]>,
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
-        let template = self.environment.get_template(NAME).map_err(template_error)?;
+        let environment = Arc::clone(&self.environment);
         let context = context! {
             messages => Value::from(Serde(messages)),
             tools => Value::from(Serde(tools)),
             documents => Value::from(()),
             add_generation_prompt,
         };
-        on_large_stack(|| {
+        on_large_stack(move || {
+            let template = environment.get_template(NAME).map_err(template_error)?;
             let mut text = LimitedText(Vec::new());
             template.render_captured_to(context, &mut text).map_err(template_error)?;
             Ok(String::from_utf8_lossy(&text.0).into_owned())
@@ -92,17 +103,22 @@ impl ChatTemplate {
     }
 }
 
-/// Runs in a thread with [`STACK_BYTES`] of stack.
-fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T, TextError> + Send) -> Result<T, TextError> {
+/// Runs in a thread with [`STACK_BYTES`] of stack, and waits for it no longer than [`MAX_TIME`].
+fn on_large_stack<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, TextError> + Send + 'static,
+) -> Result<T, TextError> {
     let failed = |message: String| TextError::Template { line: None, message };
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, work);
-        match thread.map(|thread| thread.join()) {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(failed("the template engine panicked".to_owned())),
-            Err(e) => Err(failed(format!("cannot start a thread: {e}"))),
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
+    // A thread that is late is left to itself: nothing can stop it but the end of the process.
+    thread.spawn(move || sender.send(work())).map_err(|e| failed(format!("cannot start a thread: {e}")))?;
+    match receiver.recv_timeout(MAX_TIME) {
+        Ok(result) => result,
+        Err(mpsc::RecvTimeoutError::Timeout) => {
+            Err(failed(format!("it takes longer than {} seconds", MAX_TIME.as_secs())))
         }
-    })
+        Err(mpsc::RecvTimeoutError::Disconnected) => Err(failed("the template engine panicked".to_owned())),
+    }
 }
 
 /// Methods of Python's strings, lists and dicts. Those that can make a short text long are paid for beforehand.
@@ -219,6 +235,11 @@ mod tests {
     #[test]
     fn hostile_templates_end_with_an_error() {
         const STEPS: &str = "it takes too many steps or too much memory";
+        // Lists that hold the one before twice: the last has 2^60 elements to print or to compare.
+        let doubled = |name: &str| {
+            let step = format!("{{% set {name} = [{name}, {name}] %}}");
+            format!("{{% set {name} = ['x'] %}}{}", step.repeat(60))
+        };
         let nested = |body: &str| {
             let range = "in range(100000) %}";
             format!(
@@ -237,10 +258,25 @@ mod tests {
             ("{{ '{:1000000000}'.format(1) }}".to_owned(), STEPS),
             (" ".repeat(MAX_SOURCE_BYTES + 1), "65537 bytes"),
             ("{% include 'x' %}".to_owned(), "unknown statement include"),
+            (doubled("a") + "{{ a | tojson }}", STEPS),
+            (doubled("a") + "{{ a }}", "its text is longer than 16 MiB"),
+            (doubled("a") + &doubled("b") + "{{ a == b }}", "it takes longer than 5 seconds"),
         ] {
             let error = render(&source).unwrap_err();
-            assert!(error.contains(message), "{error}");
+            assert!(error.contains(message), "{error}: {}", &source[source.len().saturating_sub(60)..]);
         }
+        let cycle = "{% set ns = namespace(a=1) %}{% set ns.b = [ns, {'c': ns}] %}";
+        assert_eq!(render(&format!("{cycle}{{{{ ns }}}}")).unwrap(), "<namespace>");
+        assert_eq!(
+            render(&format!("{cycle}{{{{ ns.b ~ '' }}}}")).unwrap(),
+            "[<namespace>, {'c': <namespace>}]"
+        );
+        assert_eq!(render(&format!("{cycle}{{{{ ns == namespace(b=ns.b) }}}}")).unwrap(), "False");
+        assert!(render(&format!("{cycle}{{{{ ns.b | tojson }}}}")).unwrap_err().contains("is not JSON"));
+        let deep = "{% set ns = namespace(s=[], t=[]) %}{% for i in range(99999) %}{% set ns.s = [ns.s] %}{% set ns.t = \
+                    [ns.t] %}{% endfor %}";
+        assert!(render(&format!("{deep}{{{{ ns.s == ns.t }}}}")).is_ok());
+        let _ = render(&format!("{deep}{{{{ ns.s }}}}"));
         // As deep as a source of legal length can nest: no stack overflow.
         assert_eq!(render(&format!("{{{{ {}1 }}}}", "-".repeat(60_000))).unwrap(), "1");
     }

@@ -12,7 +12,9 @@ const MAX_DEPTH: usize = 200;
 pub(crate) fn tojson(state: &State, value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent = match options.get::<Option<Value>>("indent")? {
         Some(v) if v.kind() == ValueKind::Number => Some(" ".repeat(usize::try_from(v)?.min(64))),
-        Some(v) if v.kind() == ValueKind::String => Some(v.to_string()),
+        Some(v) if v.kind() == ValueKind::String => {
+            Some(v.as_str().unwrap_or_default().chars().take(64).collect())
+        }
         _ => None,
     };
     let (item_separator, key_separator) = match options.get::<Option<Vec<String>>>("separators")?.as_deref() {
@@ -21,6 +23,8 @@ pub(crate) fn tojson(state: &State, value: &Value, options: Kwargs) -> Result<St
         None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
     };
     let mut writer = Writer {
+        state,
+        paid: 0,
         out: String::new(),
         ensure_ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
         sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
@@ -30,11 +34,14 @@ pub(crate) fn tojson(state: &State, value: &Value, options: Kwargs) -> Result<St
     };
     options.assert_all_used()?;
     writer.value(value, 0)?;
-    state.consume_fuel(writer.out.len() as u64)?;
+    writer.pay()?;
     Ok(writer.out)
 }
 
-struct Writer {
+struct Writer<'a, 'template, 'env> {
+    state: &'a State<'template, 'env>,
+    /// Bytes of `out` that fuel has been consumed for.
+    paid: usize,
     out: String,
     ensure_ascii: bool,
     sort_keys: bool,
@@ -43,11 +50,20 @@ struct Writer {
     key_separator: String,
 }
 
-impl Writer {
+impl Writer<'_, '_, '_> {
+    /// Consumes fuel for what was written. A value may hold another one many times over, so that even a small one can
+    /// have a text without end.
+    fn pay(&mut self) -> Result<(), Error> {
+        self.state.consume_fuel((self.out.len() - self.paid) as u64)?;
+        self.paid = self.out.len();
+        Ok(())
+    }
+
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > MAX_DEPTH {
             return Err(invalid(format!("tojson: the value is nested more than {MAX_DEPTH} deep")));
         }
+        self.pay()?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
