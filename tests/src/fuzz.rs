@@ -17,8 +17,11 @@ use mruntime_text::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// The inputs, by the name of their folder in `fuzz/corpus`.
-pub const TARGETS: [(&str, fn(&[u8])); 5] = [
+/// What takes the bytes of one input.
+pub type Target = fn(&[u8]);
+
+/// The kinds of input, by the names of their folders in `fuzz/corpus`.
+pub const TARGETS: [(&str, Target); 5] = [
     ("prologue", prologue),
     ("sections", sections),
     ("safetensors", safetensors),

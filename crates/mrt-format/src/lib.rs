@@ -18,6 +18,7 @@ mod section;
 mod source;
 #[cfg(test)]
 mod test_model;
+mod unpack;
 
 pub use config::{ARCHITECTURE_QWEN2, ConfigError, Qwen2Config};
 pub use digest::{Digest, ParseDigestError, sha256};
@@ -39,3 +40,4 @@ pub use section::{
     TENSOR_TABLE, report_from_bytes, report_to_bytes, tensor_table,
 };
 pub use source::{SourceTensor, qwen2_source_count, qwen2_source_tensors};
+pub use unpack::unpack_tensor;

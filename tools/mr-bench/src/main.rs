@@ -43,7 +43,7 @@ struct RooflineArgs {
 }
 
 fn main() -> ExitCode {
-    mr_cli::exit_code(match Cli::parse().command {
+    mr_cli::exit_code(match mr_cli::parse::<Cli>().command {
         Command::Speed(args) => speed::run(args),
         Command::Roofline(args) => roofline(args),
         Command::Logits(args) => logits::run(args),

@@ -2,12 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+mod cli;
 mod model;
 
 use std::error::Error;
 use std::io;
 use std::process::ExitCode;
 
+pub use cli::parse;
 pub use model::{LoadedModel, ModelSource};
 
 /// With an error that is shown to the user as it is: one line.

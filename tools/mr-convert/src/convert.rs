@@ -14,7 +14,7 @@ use mruntime::{Chunks, PerWorker, Pool};
 use sha2::{Digest as _, Sha256};
 
 use crate::ConvertError;
-use crate::sections::Sections;
+use crate::sections::{Sections, unpacked_report};
 use crate::target::Target;
 
 /// A finished conversion.
@@ -46,7 +46,9 @@ pub fn convert(
     interrupted: &AtomicBool,
 ) -> Result<Converted, ConvertError> {
     let no_counts = vec![Counts::default(); qwen2_source_count(&model.config)];
-    let mut sections = Sections::collect(model, origin, report(model, &no_counts).1.len())?;
+    let report_bytes = report_to_bytes(&report(model, &no_counts)).len();
+    let mut sections = Sections::collect(model, origin, report_bytes)?;
+    let unpacked_report = unpacked_report(model)?;
     let plan = plan_file(&model.config, &sections.planned())?;
     let file_bytes = plan.prologue().file_bytes();
     reserve(&target, file_bytes)?;
@@ -54,8 +56,8 @@ pub fn convert(
     let (chunks, counts) = write_arena(model, &plan, &target, pool, interrupted)?;
     model.weights.check_unchanged()?;
 
-    let (report, report_bytes) = report(model, &counts);
-    sections.set_report(report_bytes);
+    let report = unpacked_report.unwrap_or_else(|| report(model, &counts));
+    sections.set_report(report_to_bytes(&report));
     let (head, root) = plan.head(&sections.contents(), &chunks);
     target.file().write_all_at(&head, 0).map_err(|e| target.error(e))?;
 
@@ -73,12 +75,10 @@ pub fn convert(
     Ok(Converted { file_bytes, arena_bytes, root, sha256, report })
 }
 
-/// The report's entries, and as bytes.
-fn report(model: &Qwen2Dir, counts: &[Counts]) -> (Vec<ReportEntry>, Vec<u8>) {
+/// The report's entries.
+fn report(model: &Qwen2Dir, counts: &[Counts]) -> Vec<ReportEntry> {
     let entry = |(index, &counts)| ReportEntry { dtype: model.weights.dtype(index), counts };
-    let entries: Vec<_> = counts.iter().enumerate().map(entry).collect();
-    let bytes = report_to_bytes(&entries);
-    (entries, bytes)
+    counts.iter().enumerate().map(entry).collect()
 }
 
 /// Reserves the whole file, so that a disk without room for it is noticed before the work.

@@ -45,7 +45,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    exit_code(run(&Cli::parse()))
+    exit_code(run(&mr_cli::parse::<Cli>()))
 }
 
 fn run(cli: &Cli) -> mr_cli::Result<()> {

@@ -1,7 +1,13 @@
 //! What a file carries besides the weights.
 
-use mrt_format::{CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, NewSection, ORIGIN};
-use mruntime::hf::Qwen2Dir;
+use std::fs::File;
+use std::io::{self, Read};
+
+use mrt_format::{
+    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, NewSection, ORIGIN, ReportEntry, SourceDtype, TensorSource,
+    qwen2_source_count, report_from_bytes,
+};
+use mruntime::hf::{HfError, Qwen2Dir};
 use mruntime_text::find_chat_template;
 
 use crate::ConvertError;
@@ -26,9 +32,12 @@ impl Sections {
             find_chat_template(model.file("chat_template.jinja"), model.file("tokenizer_config.json"))
                 .map_err(|error| ConvertError::Template { dir: model.path.clone(), error })?;
         list.extend(template.map(|text| (CHAT_TEMPLATE.to_owned(), text.into_bytes())));
-        list.extend(
-            origin_text(origin, model.licence.as_deref()).map(|text| (ORIGIN.to_owned(), text.into_bytes())),
-        );
+        let origin = match origin {
+            None => unpacked(model, ORIGIN)?,
+            Some(_) => None,
+        }
+        .or(origin_text(origin, model.licence.as_deref()).map(String::into_bytes));
+        list.extend(origin.map(|text| (ORIGIN.to_owned(), text)));
         list.extend(model.files.iter().map(|file| (file.name.clone(), file.bytes.clone())));
         Ok(Sections { list })
     }
@@ -47,6 +56,36 @@ impl Sections {
     pub fn contents(&self) -> Vec<&[u8]> {
         self.list.iter().map(|(_, bytes)| bytes.as_slice()).collect()
     }
+}
+
+/// The conversion report of a directory that `mrt unpack` has made, which is still that of the model's first
+/// conversion: the second one, from FP16, changes nothing. `None` for other directories.
+pub fn unpacked_report(model: &Qwen2Dir) -> Result<Option<Vec<ReportEntry>>, ConvertError> {
+    let sources = qwen2_source_count(&model.config);
+    if (0..sources).any(|index| model.weights.dtype(index) != SourceDtype::F16) {
+        return Ok(None);
+    }
+    let Some(bytes) = unpacked(model, CONVERSION_REPORT)? else { return Ok(None) };
+    let report = report_from_bytes(&model.config, &bytes).map_err(|e| HfError::Invalid {
+        path: model.path.join(CONVERSION_REPORT),
+        problem: format!("{e}; remove the file, or unpack the model again"),
+    })?;
+    Ok(Some(report))
+}
+
+/// The file `name` of a directory that `mrt unpack` has made.
+fn unpacked(model: &Qwen2Dir, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
+    let path = model.path.join(name);
+    let read = || -> io::Result<Option<Vec<u8>>> {
+        if !path.is_file() {
+            return Ok(None);
+        }
+        // One byte more than a section may have, so that a longer file is refused.
+        let mut bytes = Vec::new();
+        File::open(&path)?.take(mrt_format::MAX_SECTION_BYTES + 1).read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
+    };
+    read().map_err(|source| HfError::Io { path: path.clone(), source }.into())
 }
 
 /// Lines of `key: value`: where the model is from, in the converting person's words, and its licence.

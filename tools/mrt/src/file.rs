@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,8 @@ use mrt_format::{HEADER_BYTES, Prologue, prologue_bytes};
 pub struct MrtFile {
     pub path: PathBuf,
     pub prologue: Prologue,
+    /// The prologue's bytes.
+    pub head: Vec<u8>,
     file: File,
 }
 
@@ -22,22 +25,44 @@ pub struct FileError {
     problem: String,
 }
 
+impl FileError {
+    pub fn new(path: &Path, problem: impl fmt::Display) -> Self {
+        FileError { path: path.into(), problem: problem.to_string() }
+    }
+
+    /// What is wrong, without the file's name.
+    pub fn problem(self) -> String {
+        self.problem
+    }
+}
+
 impl MrtFile {
+    /// Opens a whole file.
     pub fn open(path: &Path) -> Result<Self, FileError> {
-        let error =
-            |problem: &dyn fmt::Display| FileError { path: path.into(), problem: problem.to_string() };
-        // Opening a pipe would wait for its writer, so the kind of file is looked at first.
-        if !std::fs::metadata(path).map_err(|e| error(&e))?.is_file() {
-            return Err(error(&"is not a regular file"));
-        }
-        let file = File::open(path).map_err(|e| error(&e))?;
-        let bytes = file.metadata().map_err(|e| error(&e))?.len();
-        let mut first = vec![0; bytes.min(HEADER_BYTES as u64) as usize];
-        file.read_exact_at(&mut first, 0).map_err(|e| error(&e))?;
-        let mut prologue = vec![0; prologue_bytes(&first, bytes).map_err(|e| error(&e))?];
-        file.read_exact_at(&mut prologue, 0).map_err(|e| error(&e))?;
-        let prologue = Prologue::parse(&prologue, bytes).map_err(|e| error(&e))?;
-        Ok(MrtFile { path: path.into(), prologue, file })
+        let file = open_regular(path, File::options().read(true))?;
+        let bytes = file.metadata().map_err(|e| FileError::new(path, e))?.len();
+        Self::new(path, file, bytes)
+    }
+
+    /// Opens a file that may be cut short: only its prologue must be there.
+    pub fn open_part(path: &Path, file: File) -> Result<Self, FileError> {
+        let mut first = [0; HEADER_BYTES];
+        file.read_exact_at(&mut first, 0).map_err(|e| FileError::new(path, e))?;
+        // The length that the header states takes the place of the file's.
+        let stated = u64::from_le_bytes(first[32..40].try_into().expect("eight bytes"));
+        Self::new(path, file, stated)
+    }
+
+    fn new(path: &Path, file: File, bytes: u64) -> Result<Self, FileError> {
+        let error = |problem: &dyn fmt::Display| FileError::new(path, problem);
+        let mut head = vec![0; bytes.min(HEADER_BYTES as u64) as usize];
+        file.read_exact_at(&mut head, 0).map_err(|e| error(&e))?;
+        // The header is kept as it was read: nothing that was looked at can be another one the next time.
+        let first = head.len();
+        head.resize(prologue_bytes(&head, bytes).map_err(|e| error(&e))?, 0);
+        file.read_exact_at(&mut head[first..], first as u64).map_err(|e| error(&e))?;
+        let prologue = Prologue::parse(&head, bytes).map_err(|e| error(&e))?;
+        Ok(MrtFile { path: path.into(), prologue, head, file })
     }
 
     /// Fills `out` with the bytes from `offset`.
@@ -59,7 +84,18 @@ impl MrtFile {
 
     /// An error of this file.
     pub fn error(&self, problem: impl fmt::Display) -> FileError {
-        FileError { path: self.path.clone(), problem: problem.to_string() }
+        FileError::new(&self.path, problem)
+    }
+}
+
+/// Opens a file that is no directory, pipe or device.
+pub fn open_regular(path: &Path, options: &std::fs::OpenOptions) -> Result<File, FileError> {
+    let error = |e: io::Error| FileError::new(path, e);
+    // Opening a pipe would wait for its writer, so the kind of file is looked at first.
+    match std::fs::metadata(path) {
+        Ok(meta) if !meta.is_file() => Err(FileError::new(path, "is not a regular file")),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(error(e)),
+        _ => options.open(path).map_err(error),
     }
 }
 

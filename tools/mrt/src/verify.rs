@@ -3,90 +3,60 @@
 use std::io::Write;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use mrt_format::{
-    CHUNK_BYTES, CONVERSION_REPORT, FormatError, GENERATION, GenerationDefaults, TENSOR_TABLE,
-    report_from_bytes,
-};
+use mrt_format::{CHUNK_BYTES, FormatError};
 use mruntime::{Chunks, PerWorker, Pool};
 use serde_json::{Value, json};
 
 use crate::file::{FileError, MrtFile};
+use crate::piece::{Piece, pieces};
 
-/// Checks sections, padding and, on all threads, the chunks of the arena. Returns all that is wrong, in the order of
-/// the file's parts.
-pub fn verify(file: &MrtFile, pool: &mut Pool) -> Result<Vec<FormatError>, FileError> {
-    let prologue = &file.prologue;
-    let mut damage = Vec::new();
-    for section in prologue.sections() {
-        let mut content = vec![0; section.bytes as usize];
-        file.read(section.offset, &mut content)?;
-        damage.extend(check_section(file, &section.name, &content).err());
-    }
-    for (offset, bytes) in prologue.padding() {
-        let mut padding = vec![0; bytes as usize];
-        file.read(offset, &mut padding)?;
-        damage.extend(prologue.check_padding(offset, &padding).err());
-    }
-    damage.extend(bad_chunks(file, pool)?);
-    Ok(damage)
-}
+/// A piece that is not as the digests say, and what is wrong with it.
+pub type Damage = (Piece, FormatError);
 
-fn check_section(file: &MrtFile, name: &str, content: &[u8]) -> Result<(), FormatError> {
+/// Checks sections, padding and the chunks of the arena on all threads. Returns all that is wrong, in the order of
+/// the file.
+pub fn verify(file: &MrtFile, pool: &mut Pool) -> Result<Vec<Damage>, FileError> {
     let prologue = &file.prologue;
-    prologue.check_section(name, content)?;
-    match name {
-        TENSOR_TABLE => prologue.check_tensor_table(content),
-        CONVERSION_REPORT => report_from_bytes(prologue.config(), content).map(drop),
-        GENERATION => GenerationDefaults::from_bytes(prologue.config(), content).map(drop),
-        _ => Ok(()),
-    }
-}
-
-fn bad_chunks(file: &MrtFile, pool: &mut Pool) -> Result<Vec<FormatError>, FileError> {
-    let prologue = &file.prologue;
-    let style = ProgressStyle::with_template(
-        "checking {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
-    );
-    let bar =
-        ProgressBar::new(prologue.layout().arena_bytes).with_style(style.expect("the template is valid"));
-    let mut buffers = vec![vec![0; CHUNK_BYTES as usize]; pool.threads()];
-    let mut results: Vec<_> = (0..prologue.chunk_count()).map(|_| Ok(None)).collect();
-    pool.run_split(
-        (Chunks::new(&mut results, 1), PerWorker::new(&mut buffers, 1)),
-        |_, i, (result, buffer)| {
-            let span = prologue.chunk(i);
-            let chunk = &mut buffer[0][..span.bytes as usize];
-            let read = file.read(prologue.arena_offset() + span.offset, chunk);
-            result[0] = read.map(|()| prologue.check_chunk(i, chunk).err());
-            bar.inc(span.bytes);
-        },
-    );
-    bar.finish_and_clear();
-    let results: Vec<_> = results.into_iter().collect::<Result<_, _>>()?;
+    let pieces = pieces(prologue);
+    let check = |piece: Piece, buffer: &mut Vec<u8>| {
+        let (offset, bytes) = piece.range(prologue);
+        buffer.resize(bytes as usize, 0);
+        file.read(offset, buffer)?;
+        Ok(piece.check(prologue, buffer).err().map(|problem| (piece, problem)))
+    };
+    let results = on_all_pieces(file, &pieces, pool, check)?;
     Ok(results.into_iter().flatten().collect())
 }
 
-/// The names of the tensors that lie in a range of the arena.
-fn tensors_in(file: &MrtFile, offset: u64, end: u64) -> Vec<String> {
-    let prologue = &file.prologue;
-    let tensors = prologue.layout().tensors(prologue.config());
-    tensors.filter(|t| t.span.offset < end && offset < t.span.end()).map(|t| t.name()).collect()
-}
-
-/// The tensors that a damaged chunk holds parts of.
-fn tensors_of(file: &MrtFile, damage: &FormatError) -> Vec<String> {
-    let start = file.prologue.arena_offset();
-    match damage {
-        FormatError::ChunkDamaged { offset, end, .. } => tensors_in(file, offset - start, end - start),
-        _ => Vec::new(),
-    }
+/// Calls `work` for each piece, with a buffer of the thread's own, and shows how far it is.
+pub fn on_all_pieces<T: Send + 'static>(
+    file: &MrtFile,
+    pieces: &[Piece],
+    pool: &mut Pool,
+    work: impl Fn(Piece, &mut Vec<u8>) -> Result<T, FileError> + Sync,
+) -> Result<Vec<T>, FileError> {
+    let style = ProgressStyle::with_template(
+        "checking {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
+    );
+    let bar = ProgressBar::new(file.prologue.file_bytes()).with_style(style.expect("the template is valid"));
+    let mut buffers: Vec<_> = (0..pool.threads()).map(|_| Vec::with_capacity(CHUNK_BYTES as usize)).collect();
+    let mut results: Vec<Option<Result<T, FileError>>> = pieces.iter().map(|_| None).collect();
+    pool.run_split(
+        (Chunks::new(&mut results, 1), PerWorker::new(&mut buffers, 1)),
+        |_, i, (result, buffer)| {
+            result[0] = Some(work(pieces[i], &mut buffer[0]));
+            bar.inc(pieces[i].range(&file.prologue).1);
+        },
+    );
+    bar.finish_and_clear();
+    results.into_iter().map(|result| result.expect("every piece was worked on")).collect()
 }
 
 /// One line for each damaged part, or one that all is well.
-pub fn write_text(out: &mut impl Write, file: &MrtFile, damage: &[FormatError]) -> mr_cli::Result<()> {
+pub fn write_text(out: &mut impl Write, file: &MrtFile, damage: &[Damage]) -> mr_cli::Result<()> {
     let (path, prologue) = (file.path.display(), &file.prologue);
-    for problem in damage {
-        let tensors = tensors_of(file, problem);
+    for (piece, problem) in damage {
+        let tensors = piece.tensors(prologue);
         let of =
             if tensors.is_empty() { String::new() } else { format!("; it holds {}", tensors.join(", ")) };
         writeln!(out, "{path}: {problem}{of}")?;
@@ -99,30 +69,37 @@ pub fn write_text(out: &mut impl Write, file: &MrtFile, damage: &[FormatError]) 
     Ok(())
 }
 
-/// The result as one JSON object; byte ranges are those of the file, their ends excluded.
-pub fn write_json(out: &mut impl Write, file: &MrtFile, damage: &[FormatError]) -> mr_cli::Result<()> {
-    let entry = |problem: &FormatError| -> Value {
+/// The result as one JSON object; byte ranges are those of the file, their ends excluded. `signed_by` is the key's id.
+pub fn write_json(
+    out: &mut impl Write,
+    file: &MrtFile,
+    damage: &[Damage],
+    signed_by: Option<&str>,
+) -> mr_cli::Result<()> {
+    let prologue = &file.prologue;
+    let entry = |(piece, problem): &Damage| -> Value {
         let mut entry = json!({ "problem": problem.to_string() });
-        match problem {
-            FormatError::ChunkDamaged { index, offset, end } => {
-                entry["chunk"] = json!(index);
-                entry["bytes"] = json!([offset, end]);
-                entry["tensors"] = json!(tensors_of(file, problem));
+        let (offset, bytes) = piece.range(prologue);
+        entry["bytes"] = json!([offset, offset + bytes]);
+        match (piece, problem) {
+            (Piece::Chunk(i), _) => {
+                entry["chunk"] = json!(i);
+                entry["tensors"] = json!(piece.tensors(prologue));
             }
-            FormatError::SectionDamaged { name, offset, end } => {
-                entry["section"] = json!(name);
-                entry["bytes"] = json!([offset, end]);
+            (Piece::Section(i), _) => entry["section"] = json!(prologue.sections()[*i].name),
+            (Piece::Padding { .. }, FormatError::PaddingNotZero { offset }) => {
+                entry["bytes"] = json!([offset, offset + 1]);
             }
-            FormatError::PaddingNotZero { offset } => entry["bytes"] = json!([offset, offset + 1]),
             _ => {}
         }
         entry
     };
     let object = json!({
         "ok": damage.is_empty(),
-        "root": file.prologue.root().to_string(),
-        "sections": file.prologue.sections().len(),
-        "chunks": file.prologue.chunk_count(),
+        "root": prologue.root().to_string(),
+        "signed_by": signed_by,
+        "sections": prologue.sections().len(),
+        "chunks": prologue.chunk_count(),
         "damage": damage.iter().map(entry).collect::<Vec<_>>(),
     });
     writeln!(out, "{object}")?;

@@ -1,4 +1,4 @@
-//! `mrt info` and `mrt verify` on good and damaged files.
+//! `mrt` on good and damaged files.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -70,7 +70,8 @@ fn a_good_file_is_verified() {
     for args in [&["--threads", "1"][..], &["--threads", "3"], &["--root", &root]] {
         assert_eq!(outcome("verify", &path, args), (0, expected.clone(), String::new()));
     }
-    let expected = json!({"ok": true, "root": root, "sections": 2, "chunks": 4, "damage": []});
+    let expected =
+        json!({"ok": true, "root": root, "signed_by": null, "sections": 2, "chunks": 4, "damage": []});
     assert_eq!(json_of("verify", &path, &[]), expected);
 }
 
@@ -90,7 +91,10 @@ fn every_damaged_part_is_named() {
 
     let chunk = CHUNK_BYTES as usize;
     let (code, stdout, stderr) = outcome("verify", &path, &[]);
-    assert_eq!((code, stderr.as_str()), (1, "error: model.mrt: is damaged; get it again\n"));
+    assert_eq!(
+        (code, stderr.as_str()),
+        (1, "error: model.mrt: is damaged; get it again, or repair it from another copy (mrt repair)\n")
+    );
     let lines: Vec<_> = stdout.lines().collect();
     assert_eq!(lines.len(), 4, "{stdout}");
     let end = license + 7;

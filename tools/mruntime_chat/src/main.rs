@@ -32,7 +32,7 @@ Ctrl-C   stop the answer
 Anything else goes to the model.";
 
 fn main() -> ExitCode {
-    mr_cli::exit_code(run(&Cli::parse()))
+    mr_cli::exit_code(run(&mr_cli::parse::<Cli>()))
 }
 
 fn run(cli: &Cli) -> Result<()> {

@@ -1,0 +1,46 @@
+//! The command line of a tool, and what shells and `man` know of it.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::exit;
+
+use clap::{Parser, ValueEnum};
+use clap_complete::Shell;
+
+const HELP: &str = "Two calls more: `--completions SHELL` prints the completions for bash, zsh, fish, elvish or powershell, \
+                    `--man-pages DIR` writes the man pages.";
+
+/// Parses the command line of a tool; wrong usage ends the process with code 2. Alone on it, `--completions SHELL`
+/// prints completions and `--man-pages DIR` writes man pages, instead of the tool's work.
+pub fn parse<T: Parser>() -> T {
+    let command = || T::command().after_help(HELP);
+    let args: Vec<OsString> = std::env::args_os().collect();
+    match args.get(1).and_then(|arg| arg.to_str()) {
+        Some("--completions") if args.len() == 3 => completions(command(), &args[2]),
+        Some("--man-pages") if args.len() == 3 => man_pages(command(), Path::new(&args[2])),
+        _ => {}
+    }
+    T::from_arg_matches(&command().get_matches()).unwrap_or_else(|e| e.exit())
+}
+
+fn completions(mut command: clap::Command, shell: &OsString) -> ! {
+    let Ok(shell) = Shell::from_str(&shell.to_string_lossy(), true) else {
+        eprintln!("error: completions are for bash, zsh, fish, elvish or powershell");
+        exit(2)
+    };
+    let name = command.get_name().to_owned();
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut command, name, &mut text);
+    print!("{}", String::from_utf8_lossy(&text));
+    exit(0)
+}
+
+fn man_pages(command: clap::Command, dir: &Path) -> ! {
+    match clap_mangen::generate_to(command, dir) {
+        Ok(()) => exit(0),
+        Err(e) => {
+            eprintln!("error: {}: {e}", dir.display());
+            exit(1)
+        }
+    }
+}
