@@ -11,7 +11,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::Parser;
 use mr_cli::Result;
 use mruntime::{
     Isa, Limits, OpenOptions, Pool, Sampler, Session, Verify, create_qwen2_arenas, qwen2_init_kv_cache,
