@@ -21,8 +21,8 @@ pub const fn aligned_bytes<T>(len: usize) -> u64 {
     }
 }
 
-/// One anonymous, zeroed allocation that begins at a multiple of [`HUGE_PAGE`] and asks for huge pages on Linux.
-/// Pages that are never touched take no memory.
+/// One anonymous, zeroed allocation that begins at a multiple of [`HUGE_PAGE`]. Pages that are never touched take no
+/// memory.
 pub struct Arena {
     map: MmapMut,
     start: usize,
@@ -30,20 +30,42 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Allocates `bytes` bytes of zeros.
+    /// Allocates `bytes` bytes of zeros, in huge pages where the system has them: for what will be used as a whole.
     ///
     /// # Errors
     /// When the system refuses them.
     pub fn new(bytes: u64) -> Result<Self, Error> {
+        let arena = Self::map(bytes)?;
+        #[cfg(target_os = "linux")]
+        arena.advise(memmap2::Advice::HugePage);
+        Ok(arena)
+    }
+
+    /// Allocates `bytes` bytes of zeros in small pages: for what is used here and there at first. Of a KV cache, the
+    /// first tokens touch a few KiB in each layer; with huge pages, the system would have to zero 2 MiB for each.
+    ///
+    /// # Errors
+    /// When the system refuses them.
+    pub fn sparse(bytes: u64) -> Result<Self, Error> {
+        let arena = Self::map(bytes)?;
+        #[cfg(target_os = "linux")]
+        arena.advise(memmap2::Advice::NoHugePage);
+        Ok(arena)
+    }
+
+    /// Advice that is not taken leaves a slower arena, not a wrong one.
+    #[cfg(target_os = "linux")]
+    fn advise(&self, advice: memmap2::Advice) {
+        let _ = self.map.advise_range(advice, self.start, self.len);
+    }
+
+    fn map(bytes: u64) -> Result<Self, Error> {
         let refused = |reason: String| Error::Memory { bytes, reason };
         let len = usize::try_from(bytes).map_err(|_| refused("more than this machine can address".into()))?;
         let with_room = len.checked_add(HUGE_PAGE).filter(|&n| isize::try_from(n).is_ok());
         let with_room = with_room.ok_or_else(|| refused("more than this machine can address".into()))?;
         let map = MmapOptions::new().len(with_room).map_anon().map_err(|error| refused(error.to_string()))?;
         let start = map.as_ptr().addr().next_multiple_of(HUGE_PAGE) - map.as_ptr().addr();
-        // Advice that is not taken leaves a slower arena, not a wrong one.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise_range(memmap2::Advice::HugePage, start, len);
         Ok(Self { map, start, len })
     }
 
@@ -140,5 +162,6 @@ mod tests {
         }
         assert_eq!(aligned_bytes::<f32>(usize::MAX), u64::MAX);
         assert!(Arena::new(0).unwrap().bytes().is_empty());
+        assert_eq!(Arena::sparse(3).unwrap().bytes(), [0; 3]);
     }
 }

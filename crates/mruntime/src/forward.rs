@@ -66,7 +66,7 @@ pub fn qwen2_memory_sizes(cfg: &Qwen2Config, limits: &Limits) -> Result<MemorySi
 /// As [`qwen2_memory_sizes`], and when the system refuses the memory.
 pub fn create_qwen2_arenas(cfg: &Qwen2Config, limits: &Limits) -> Result<Qwen2Arenas, Error> {
     let sizes = qwen2_memory_sizes(cfg, limits)?;
-    Ok(Qwen2Arenas { kv_cache: Arena::new(sizes.kv_cache)?, scratch: Arena::new(sizes.scratch)? })
+    Ok(Qwen2Arenas { kv_cache: Arena::sparse(sizes.kv_cache)?, scratch: Arena::sparse(sizes.scratch)? })
 }
 
 /// Working memory of [`qwen2_forward`], and the instruction set that it runs on.

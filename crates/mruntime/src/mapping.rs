@@ -43,3 +43,41 @@ impl Mapping {
         let _ = self.0.advise_range(Advice::WillNeed, offset, len);
     }
 }
+
+/// Whether the byte of `file` at `offset` is in the page cache, so that reading it waits for no disk; false also where the
+/// system does not tell. Looking at a byte that is not there begins to read it.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_cached(file: &File, offset: u64) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut byte = 0u8;
+    let buffer = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    let (one, low, high) = (1 as libc::c_ulong, offset as libc::c_ulong, (offset >> 32) as libc::c_ulong);
+    // SAFETY: preadv2(file, buffers, their number, offset in two halves, flags) writes to the one byte that the buffer
+    // names, which lives until the call returns, and keeps nothing.
+    let read = unsafe {
+        libc::syscall(
+            libc::SYS_preadv2,
+            file.as_raw_fd(),
+            &raw const buffer,
+            one,
+            low,
+            high,
+            libc::RWF_NOWAIT,
+        )
+    };
+    read == 1
+}
+
+/// No such question can be asked here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_cached(_file: &File, _offset: u64) -> bool {
+    false
+}
+
+/// Takes the pages of `file` out of the page cache, if its file system can get them back.
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) fn drop_cache(file: &File) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: advice on an open file; it touches no memory.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}

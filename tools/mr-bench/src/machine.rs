@@ -1,6 +1,6 @@
 //! What results depend on besides the program: the machine, and the pages that the weights sit in.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The machine.
 #[derive(Serialize)]
@@ -28,7 +28,7 @@ impl Machine {
 }
 
 /// Pages of memory in KiB, of the mapping that the weights are in.
-#[derive(Serialize, Debug, PartialEq)]
+#[derive(Clone, Serialize, Deserialize, Debug, PartialEq)]
 pub struct Pages {
     /// In memory at all.
     pub resident: u64,
@@ -72,6 +72,42 @@ fn parse_smaps(smaps: &str, address: usize) -> Option<Pages> {
 fn mapping(line: &str) -> Option<(usize, usize)> {
     let (start, end) = line.split_once(' ')?.0.split_once('-')?;
     Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+}
+
+/// What this process has taken so far.
+#[derive(Clone, Serialize, Deserialize, Debug, Default, PartialEq)]
+pub struct Memory {
+    /// KiB of its own, and of files.
+    pub anonymous: u64,
+    pub file: u64,
+    /// Pages that were in memory but not mapped, and pages that came from storage.
+    pub minor_faults: u64,
+    pub major_faults: u64,
+    /// Bytes that came from storage, where the system tells.
+    pub storage_read: Option<u64>,
+}
+
+impl Memory {
+    /// Of this process, as Linux tells it; else zeros.
+    pub fn now() -> Memory {
+        let proc = |name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap_or_default();
+        let (status, stat, io) = (proc("status"), proc("stat"), proc("io"));
+        let field = |text: &str, name| -> Option<u64> {
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            value.trim().trim_end_matches(" kB").parse().ok()
+        };
+        // The second field, the name, may hold blanks; its parenthesis ends it.
+        let stat: Vec<_> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let stat = |field: usize| stat.get(field - 3).and_then(|n| n.parse().ok()).unwrap_or_default();
+        Memory {
+            anonymous: field(&status, "RssAnon").unwrap_or_default(),
+            file: field(&status, "RssFile").unwrap_or_default()
+                + field(&status, "RssShmem").unwrap_or_default(),
+            minor_faults: stat(10),
+            major_faults: stat(12),
+            storage_read: field(&io, "read_bytes"),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,18 @@
-//! Measures the runtime and this machine: speed beside the limits of the hardware, logits, perplexity.
+//! Measures the runtime and this machine: speed beside the limits of the hardware, cold start, logits, perplexity.
 
 #![forbid(unsafe_code)]
 
+#[cfg(target_os = "linux")]
+mod cold;
+#[cfg(target_os = "linux")]
+mod cold_child;
 mod inference;
 mod logits;
 mod machine;
 mod perplexity;
 mod roofline;
+#[cfg(target_os = "linux")]
+mod sparse;
 mod speed;
 mod work;
 
@@ -28,6 +34,8 @@ enum Command {
     Speed(speed::SpeedArgs),
     /// Measure this machine's read bandwidth and f32 FMA peak, the limits of decoding and prefill
     Roofline(RooflineArgs),
+    #[cfg(target_os = "linux")]
+    Cold(cold::ColdArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
 }
@@ -43,9 +51,18 @@ struct RooflineArgs {
 }
 
 fn main() -> ExitCode {
+    #[cfg(target_os = "linux")]
+    {
+        let mut args = std::env::args().skip(1);
+        if args.next().as_deref() == Some(cold_child::ARGUMENT) {
+            return mr_cli::exit_code(cold_child::run(&args.next().unwrap_or_default()));
+        }
+    }
     mr_cli::exit_code(match mr_cli::parse::<Cli>().command {
         Command::Speed(args) => speed::run(args),
         Command::Roofline(args) => roofline(args),
+        #[cfg(target_os = "linux")]
+        Command::Cold(args) => cold::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Perplexity(args) => perplexity::run(args),
     })

@@ -248,7 +248,7 @@ impl Measurement {
 }
 
 /// A token for position `i`: the same ones in every run.
-fn random_token(i: u32, vocab: u32) -> u32 {
+pub fn random_token(i: u32, vocab: u32) -> u32 {
     (i.wrapping_mul(0x9e37_79b9) >> 8) % vocab
 }
 

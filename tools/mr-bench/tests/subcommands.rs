@@ -268,6 +268,42 @@ fn speed_measures_every_combination() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn a_cold_start_is_the_sum_of_its_stages() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.mrt");
+    TinyModel::named("tied").convert(&file, 1);
+    let args = ["cold", "-m", text(&file), "-p", "3,9", "-r", "2", "-t", "2", "--shapes", "0.1b"];
+    let result = json(&[&args[..], &["--drop-caches=file", "--json"]].concat());
+    let measurements = result["measurements"].as_array().unwrap();
+    let found: Vec<_> =
+        measurements.iter().map(|m| (&m["model"], m["prompt"].as_u64().unwrap(), &m["cache"])).collect();
+    let of = |cache| [0, 3, 9].map(|prompt| (json!("model.mrt"), prompt, json!(cache)));
+    let expected = [&of("warm")[..], &of("file dropped"), &[(json!("0.1b"), 0, json!("warm"))]].concat();
+    assert!(found.into_iter().eq(expected.iter().map(|(model, prompt, cache)| (model, *prompt, cache))));
+    let before = ["exec_and_link", "thread_pool", "open_and_validate", "tokenizer", "arenas"];
+    let after = ["prefill", "page_faults", "sampling"];
+    for measurement in measurements {
+        let dropped = measurement["cache"] != "warm";
+        assert_eq!(measurement["read"].as_array().unwrap().len(), if dropped { 2 } else { 0 });
+        let runs = measurement["runs"].as_array().unwrap();
+        assert_eq!(runs.len(), 2);
+        for run in runs {
+            let number = |value: &Value| value.as_f64().unwrap();
+            let sum = |names: &[&str]| names.iter().map(|name| number(&run["stages"][name])).sum::<f64>();
+            let (ready, first_token) = (number(&run["ready"]), number(&run["first_token"]));
+            assert!((ready - sum(&before)).abs() < 1e-6, "{run}");
+            assert!((first_token - ready - sum(&after)).abs() < 1e-6, "{run}");
+            assert_eq!(first_token > ready, measurement["prompt"] != 0);
+            assert!(number(&run["memory"]["anonymous"]) > 0.0, "{run}");
+        }
+    }
+    let table = stdout(&args);
+    assert!(table.contains("| first token, ms ") && table.contains(" 0.1b |"), "{table}");
+    assert!(error(&["cold", "-m", "missing.mrt"]).contains("missing.mrt"));
+}
+
+#[test]
 fn wrong_usage_is_told_apart() {
     for (args, expected) in [
         (&["speed"][..], "--model"),

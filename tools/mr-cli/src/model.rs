@@ -37,6 +37,11 @@ enum Weights {
 }
 
 impl ModelSource {
+    /// The model file at `path`.
+    pub fn file(path: PathBuf) -> ModelSource {
+        ModelSource { model: Some(path), model_dir: None }
+    }
+
     /// Opens the model. A directory has no options.
     ///
     /// # Errors
@@ -109,6 +114,14 @@ impl LoadedModel {
         match &self.weights {
             Weights::File(model) => Ok(model.generation()?),
             Weights::Dir { dir, .. } => Ok(dir.generation.clone()),
+        }
+    }
+
+    /// Whether there is a tokenizer.
+    pub fn has_tokenizer(&self) -> bool {
+        match &self.weights {
+            Weights::File(model) => model.prologue().section("tokenizer.json").is_some(),
+            Weights::Dir { dir, .. } => dir.file("tokenizer.json").is_some(),
         }
     }
 
