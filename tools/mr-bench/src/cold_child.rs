@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use mr_cli::{ModelSource, Result};
+use mr_cli::{ModelSource, Pages, Result};
 use mruntime::{
     GenerateOptions, Isa, Limits, OpenOptions, Pool, Prefault, Sampler, SamplingOptions, Session,
     create_qwen2_arenas, qwen2_init_kv_cache, qwen2_init_scratch, session_generate,
@@ -15,7 +15,7 @@ use mruntime_text::SpecialTokens;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use crate::machine::{Memory, Pages};
+use crate::machine::Memory;
 use crate::speed::random_token;
 
 /// The argument that makes a process this one. It is looked for before the command line is parsed, which no app has to do.

@@ -4,12 +4,12 @@ use std::io::Write;
 use std::time::Instant;
 
 use clap::Args;
-use mr_cli::{ModelSource, Result};
+use mr_cli::{ModelSource, Pages, Result};
 use mruntime::{Backing, Limits, OpenOptions, Pool, create_qwen2_arenas};
 use serde::Serialize;
 
 use crate::inference::{Inference, IsaArg};
-use crate::machine::{Machine, Pages};
+use crate::machine::Machine;
 use crate::roofline::{self, Roofline};
 use crate::work::{decode_bytes, prefill_flops};
 

@@ -4,6 +4,7 @@
 
 mod cli;
 mod model;
+mod pages;
 
 use std::error::Error;
 use std::io;
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 
 pub use cli::parse;
 pub use model::{LoadedModel, ModelSource};
+pub use pages::Pages;
 
 /// With an error that is shown to the user as it is: one line.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;

@@ -8,7 +8,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use mrt_format::{CHAT_TEMPLATE, GenerationDefaults};
 use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
-use mruntime::{Arena, Backing, Model, OpenOptions, Pool, Qwen2Config, Qwen2Weights, Verify};
+use mruntime::{Arena, Backing, Model, OpenOptions, Pool, Prefault, Qwen2Config, Qwen2Weights, Verify};
 use mruntime_text::{ChatTemplate, SpecialTokenNames, Tokenizer, find_chat_template};
 
 use crate::Result;
@@ -49,7 +49,9 @@ impl ModelSource {
     pub fn open(&self, options: &OpenOptions, pool: &mut Pool) -> Result<LoadedModel> {
         let (path, weights) = match (&self.model, &self.model_dir) {
             (Some(path), _) => {
-                let quick = options.verify == Verify::Header && options.backing == Backing::Map;
+                let quick = options.verify == Verify::Header
+                    && options.backing == Backing::Map
+                    && options.prefault != Prefault::AtOpen;
                 let spinner = (!quick).then(|| spinner(format!("reading {}", path.display())));
                 let model = Model::open(path, options, pool);
                 spinner.inspect(ProgressBar::finish_and_clear);

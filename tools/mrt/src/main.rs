@@ -10,6 +10,8 @@ mod repair;
 mod sign;
 mod unpack;
 mod verify;
+#[cfg(target_os = "linux")]
+mod warm;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -44,6 +46,9 @@ enum Command {
     Repair(RepairArgs),
     /// Sign a file's root digest with a minisign key
     Sign(SignArgs),
+    /// Bring a file into memory in huge pages, where the system has them for files: programs that map it start sooner
+    #[cfg(target_os = "linux")]
+    Warm(WarmArgs),
 }
 
 #[derive(Args)]
@@ -138,6 +143,17 @@ struct SignArgs {
     threads: Option<usize>,
 }
 
+#[cfg(target_os = "linux")]
+#[derive(Args)]
+struct WarmArgs {
+    /// File to bring in
+    #[arg(value_name = "FILE.mrt")]
+    file: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
 fn main() -> ExitCode {
     exit_code(match mr_cli::parse::<Cli>().command {
         Command::Info(args) => run_info(&args),
@@ -146,6 +162,8 @@ fn main() -> ExitCode {
         Command::Diff(args) => return run_diff(&args),
         Command::Repair(args) => run_repair(&args),
         Command::Sign(args) => run_sign(&args),
+        #[cfg(target_os = "linux")]
+        Command::Warm(args) => run_warm(&args),
     })
 }
 
@@ -266,4 +284,20 @@ fn run_sign(args: &SignArgs) -> mr_cli::Result<()> {
     sign::sign(&file, &args.key, &signature)?;
     writeln!(std::io::stdout().lock(), "{}: signs root {}", signature.display(), file.prologue.root())?;
     Ok(())
+}
+
+#[cfg(target_os = "linux")]
+fn run_warm(args: &WarmArgs) -> mr_cli::Result<()> {
+    let (found, now) = warm::warm(&args.file)?;
+    let out = &mut std::io::stdout().lock();
+    match args.json {
+        true => warm::write_json(out, &args.file, found, now)?,
+        false => warm::write_text(out, &args.file, found, now)?,
+    }
+    if now.is_huge() {
+        return Ok(());
+    }
+    let problem = "is in memory, but in small pages: close it in other programs and try again, or its file system has \
+                   no huge pages";
+    Err(FileError::new(&args.file, problem).into())
 }

@@ -230,3 +230,31 @@ fn info_says_what_was_converted() {
         assert!(text.contains(expected), "{expected:?} is not in\n{text}");
     }
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_file_is_warmed_or_it_is_said_why_not() {
+    let (bytes, start) = four_chunks();
+    let (_dir, path) = write(&bytes);
+    let output = mrt("warm", &path, &["--json"]);
+    let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let weights = (bytes.len() - start) as u64 >> 10;
+    let huge = result["now"]["huge_kib"].as_u64().unwrap();
+    assert_eq!(
+        (&result["found"]["weights_kib"], &result["now"]["weights_kib"]),
+        (&json!(weights), &json!(weights))
+    );
+    // Whether there are huge pages is for the file system to say.
+    let (code, stderr) = (output.status.code(), String::from_utf8(output.stderr).unwrap());
+    match huge >= weights / 2048 * 2048 / 10 * 9 {
+        true => assert_eq!((code, stderr.as_str()), (Some(0), "")),
+        false => assert!(code == Some(1) && stderr.contains("is in memory, but in small pages"), "{stderr}"),
+    }
+    assert!(std::fs::read(&path).unwrap() == bytes);
+    let text = String::from_utf8(mrt("warm", &path, &[]).stdout).unwrap();
+    assert!(text.contains(": found: ") && text.contains(": now: "), "{text}");
+
+    let (_dir, path) = write(&bytes[..bytes.len() - 1]);
+    let (code, stdout, stderr) = outcome("warm", &path, &[]);
+    assert!(code == 1 && stdout.is_empty() && stderr.starts_with("error: model.mrt: truncated"), "{stderr}");
+}
