@@ -25,6 +25,8 @@ mod avx512;
 mod neon;
 mod portable;
 
+/// The element type of panels, of the `half` crate.
+pub use half::f16;
 pub use isa::Isa;
 pub use panel::{LANES, PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
 pub use peak::{fma_peak, read_peak};

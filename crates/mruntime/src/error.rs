@@ -1,14 +1,15 @@
 //! What can go wrong: one line that says what, where and what to do.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use mrt_format::FormatError;
 
 /// An error of the runtime.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
+#[non_exhaustive]
 pub enum Error {
     /// A file cannot be read or mapped.
-    #[error("{}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
@@ -16,16 +17,13 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file is not what the format says.
-    #[error("{}: {problem}", path.display())]
     Format {
         /// The file.
         path: PathBuf,
         /// The rule that it breaks.
-        #[source]
         problem: FormatError,
     },
     /// A full check has found damage.
-    #[error("{}: damaged: {}; get the file again", path.display(), list_damage(problems))]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -33,13 +31,11 @@ pub enum Error {
         problems: Vec<FormatError>,
     },
     /// A model in memory at an address where its weights cannot be used.
-    #[error("the model begins at address {address:#x}; align its bytes to 64")]
     Unaligned {
         /// Where it begins.
         address: usize,
     },
     /// A pool of this many threads cannot be had.
-    #[error("cannot run on {threads} threads: {reason}")]
     Threads {
         /// How many were asked for.
         threads: usize,
@@ -47,7 +43,6 @@ pub enum Error {
         reason: String,
     },
     /// An arena of this size cannot be had.
-    #[error("cannot allocate {bytes} bytes of memory: {reason}")]
     Memory {
         /// How many bytes were asked for.
         bytes: u64,
@@ -55,7 +50,6 @@ pub enum Error {
         reason: String,
     },
     /// An arena is smaller than what is to be put into it.
-    #[error("the arena is too small: {wanted} bytes wanted, {left} left")]
     ArenaFull {
         /// The size of the next piece in bytes.
         wanted: u64,
@@ -63,9 +57,6 @@ pub enum Error {
         left: u64,
     },
     /// A weight arena that is not as the layout says.
-    #[error(
-        "the weight arena has {bytes} bytes at address {address:#x}; it must have {expected} at a multiple of 64"
-    )]
     WeightArena {
         /// Bytes that the layout has.
         expected: u64,
@@ -75,15 +66,15 @@ pub enum Error {
         address: usize,
     },
     /// A context of no positions, or longer than the model knows.
-    #[error("a context of {context} tokens; this model takes from 1 to {trained}")]
     Context {
         /// Positions asked for.
         context: usize,
+        /// Bytes that its KV cache would need.
+        bytes: u64,
         /// Positions that the model was trained for.
         trained: usize,
     },
     /// A batch or number of threads that is zero.
-    #[error("a batch of {batch} tokens on {threads} threads; both must be at least 1")]
     Limits {
         /// Tokens of a prefill step.
         batch: usize,
@@ -91,10 +82,8 @@ pub enum Error {
         threads: usize,
     },
     /// Nothing to run the model on.
-    #[error("no tokens: the prompt is empty")]
     NoTokens,
     /// More tokens than there is room for.
-    #[error("{tokens} tokens do not fit into the context of {context}, of which {used} are used")]
     ContextFull {
         /// Tokens to be added.
         tokens: usize,
@@ -104,7 +93,6 @@ pub enum Error {
         context: usize,
     },
     /// A token id outside the vocabulary.
-    #[error("token {id} at index {index} is outside the vocabulary of {vocab} tokens")]
     TokenId {
         /// The id.
         id: u32,
@@ -114,7 +102,6 @@ pub enum Error {
         vocab: u32,
     },
     /// A sampling option outside its range.
-    #[error("{option} is {value}; it must be {expected}")]
     Sampling {
         /// Its name.
         option: &'static str,
@@ -123,6 +110,67 @@ pub enum Error {
         /// What it may be.
         expected: &'static str,
     },
+    /// A file that does not hold a session which this one can go on with.
+    SessionFile {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        problem: String,
+    },
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Io { source, .. } => Some(source),
+            Error::Format { problem, .. } => Some(problem),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Error::Format { path, problem } => write!(f, "{}: {problem}", path.display()),
+            Error::Damaged { path, problems } => {
+                write!(f, "{}: damaged: {}; get the file again", path.display(), list_damage(problems))
+            }
+            Error::Unaligned { address } => {
+                write!(f, "the model begins at address {address:#x}; align its bytes to 64")
+            }
+            Error::Threads { threads, reason } => write!(f, "cannot run on {threads} threads: {reason}"),
+            Error::Memory { bytes, reason } => write!(f, "cannot allocate {bytes} bytes of memory: {reason}"),
+            Error::ArenaFull { wanted, left } => {
+                write!(f, "the arena is too small: {wanted} bytes wanted, {left} left")
+            }
+            Error::WeightArena { expected, bytes, address } => write!(
+                f,
+                "the weight arena has {bytes} bytes at address {address:#x}; it must have {expected} at a multiple of 64"
+            ),
+            Error::Context { context, bytes, trained } => write!(
+                f,
+                "a context of {context} tokens, whose KV cache would need {bytes} bytes; this model takes from 1 to \
+                 {trained} tokens"
+            ),
+            Error::Limits { batch, threads } => {
+                write!(f, "a batch of {batch} tokens on {threads} threads; both must be at least 1")
+            }
+            Error::NoTokens => f.write_str("no tokens: the prompt is empty"),
+            Error::ContextFull { tokens, used, context } => write!(
+                f,
+                "{tokens} tokens do not fit into the context of {context}, of which {used} are used"
+            ),
+            Error::TokenId { id, index, vocab } => {
+                write!(f, "token {id} at index {index} is outside the vocabulary of {vocab} tokens")
+            }
+            Error::Sampling { option, value, expected } => {
+                write!(f, "{option} is {value}; it must be {expected}")
+            }
+            Error::SessionFile { path, problem } => write!(f, "{}: {problem}", path.display()),
+        }
+    }
 }
 
 /// Damaged places in a list; chunks that follow one another are one place.

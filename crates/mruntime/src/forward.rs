@@ -47,7 +47,8 @@ pub struct Qwen2Arenas {
 pub fn qwen2_memory_sizes(cfg: &Qwen2Config, limits: &Limits) -> Result<MemorySizes, Error> {
     let trained = cfg.max_position_embeddings as usize;
     if limits.context == 0 || limits.context > trained {
-        return Err(Error::Context { context: limits.context, trained });
+        let bytes = kv_cache_bytes(cfg, limits.context);
+        return Err(Error::Context { context: limits.context, bytes, trained });
     }
     if limits.batch == 0 || limits.threads == 0 {
         return Err(Error::Limits { batch: limits.batch, threads: limits.threads });
@@ -284,7 +285,7 @@ fn rope_table(frequencies: &[f32], start: usize, cos: &mut [f32], sin: &mut [f32
 mod tests {
     use super::*;
     use crate::qwen2_init_kv_cache;
-    use half::f16;
+    use mrt_kernels::f16;
 
     const CFG: Qwen2Config = Qwen2Config {
         hidden_size: 80,
@@ -401,7 +402,9 @@ mod tests {
     fn impossible_limits_are_refused_before_anything_is_allocated() {
         let sizes = |context, batch, threads| qwen2_memory_sizes(&CFG, &Limits { context, batch, threads });
         assert!(sizes(0, 1, 1).is_err() && sizes(1, 0, 1).is_err() && sizes(1, 1, 0).is_err());
-        assert!(sizes(4097, 1, 1).unwrap_err().to_string().contains("4097"));
+        let error = sizes(1 << 40, 1, 1).unwrap_err().to_string();
+        let kv = 2 * 2 * ((1u64 << 35) * 41 + 2 * ((1 << 40) + 1)) * 64;
+        assert!(error.contains(&format!("{} tokens", 1u64 << 40)) && error.contains(&format!("{kv} bytes")), "{error}");
         let kv = sizes(4096, 512, 2).unwrap().kv_cache;
         // Two layers and two heads: 128 panels of 41 rows for K, two of 4097 rows for V; 64 bytes a row.
         assert_eq!(kv, 2 * 2 * (128 * 41 + 2 * 4097) * 64);

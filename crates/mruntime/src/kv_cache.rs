@@ -3,7 +3,7 @@
 //! For each layer and KV head, the keys are panels of 32 positions over head_dim inputs, and the values are panels of
 //! 32 dimensions over as many positions as the context has. The bias rows stay zero.
 
-use half::f16;
+use mrt_kernels::f16;
 use mrt_format::Qwen2Config;
 use mrt_kernels::{PANEL, panel_count, panel_len};
 

@@ -1,6 +1,6 @@
 //! The operations of a forward pass: each cuts its work into parts, and hands the parts to the kernels.
 
-use half::f16;
+use mrt_kernels::f16;
 use mrt_kernels::{Epilogue, Isa, Lhs, PANEL, Rhs, Window, panel_count, panel_len};
 
 use crate::kv_cache::{KvShape, v_row};

@@ -1,6 +1,6 @@
 //! The weights: views into the weight arena.
 
-use half::f16;
+use mrt_kernels::f16;
 use mrt_format::{Qwen2Config, Qwen2Layout, Span, qwen2_weights_layout};
 
 use crate::error::Error;
