@@ -21,7 +21,7 @@ mod test_model;
 mod unpack;
 
 pub use config::{ARCHITECTURE_QWEN2, ConfigError, Qwen2Config};
-pub use digest::{Digest, ParseDigestError, sha256};
+pub use digest::{Digest, ParseDigestError, Sha256, sha256};
 pub use error::FormatError;
 pub use fingerprint::{LAYOUT_FINGERPRINT, layout_fingerprint};
 pub use header::{

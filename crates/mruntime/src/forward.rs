@@ -282,12 +282,12 @@ fn rope_table(frequencies: &[f32], start: usize, cos: &mut [f32], sin: &mut [f32
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::qwen2_init_kv_cache;
     use mrt_kernels::f16;
 
-    const CFG: Qwen2Config = Qwen2Config {
+    pub(crate) const CFG: Qwen2Config = Qwen2Config {
         hidden_size: 80,
         intermediate_size: 100,
         num_layers: 2,
@@ -302,7 +302,7 @@ mod tests {
     };
 
     /// An arena of random numbers in -0.25 .. 0.25: any arena is a model.
-    fn random_arena() -> Arena {
+    pub(crate) fn random_arena() -> Arena {
         let mut arena = Arena::new(mrt_format::qwen2_weights_layout(&CFG).arena_bytes).unwrap();
         let mut s = 1u32;
         for bytes in arena.bytes_mut().chunks_exact_mut(2) {
@@ -313,7 +313,7 @@ mod tests {
         arena
     }
 
-    fn tokens(n: usize) -> Vec<u32> {
+    pub(crate) fn tokens(n: usize) -> Vec<u32> {
         (0..n as u32).map(|i| (i * 37 + 11) % CFG.vocab_size).collect()
     }
 
@@ -404,7 +404,10 @@ mod tests {
         assert!(sizes(0, 1, 1).is_err() && sizes(1, 0, 1).is_err() && sizes(1, 1, 0).is_err());
         let error = sizes(1 << 40, 1, 1).unwrap_err().to_string();
         let kv = 2 * 2 * ((1u64 << 35) * 41 + 2 * ((1 << 40) + 1)) * 64;
-        assert!(error.contains(&format!("{} tokens", 1u64 << 40)) && error.contains(&format!("{kv} bytes")), "{error}");
+        assert!(
+            error.contains(&format!("{} tokens", 1u64 << 40)) && error.contains(&format!("{kv} bytes")),
+            "{error}"
+        );
         let kv = sizes(4096, 512, 2).unwrap().kv_cache;
         // Two layers and two heads: 128 panels of 41 rows for K, two of 4097 rows for V; 64 bytes a row.
         assert_eq!(kv, 2 * 2 * (128 * 41 + 2 * 4097) * 64);

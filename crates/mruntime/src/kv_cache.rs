@@ -3,8 +3,8 @@
 //! For each layer and KV head, the keys are panels of 32 positions over head_dim inputs, and the values are panels of
 //! 32 dimensions over as many positions as the context has. The bias rows stay zero.
 
-use mrt_kernels::f16;
 use mrt_format::Qwen2Config;
+use mrt_kernels::f16;
 use mrt_kernels::{PANEL, panel_count, panel_len};
 
 use crate::arena::{Bump, aligned_bytes};
@@ -99,6 +99,52 @@ impl KvCache<'_> {
     pub fn truncate(&mut self, len: usize) {
         assert!(len <= self.len, "a cache of {} positions cut to {len}", self.len);
         self.len = len;
+    }
+
+    /// Takes over all positions of `other`, a cache of the same model.
+    ///
+    /// # Panics
+    /// If there is no room for them.
+    pub(crate) fn copy_from(&mut self, other: &KvCache<'_>) {
+        let len = other.len;
+        assert!(len <= self.context() && self.shape.layers == other.shape.layers);
+        let (k, v) = self.pieces_mut(len);
+        let (other_k, other_v) = other.pieces();
+        k.zip(other_k).chain(v.zip(other_v)).for_each(|(to, from)| to.copy_from_slice(from));
+        self.len = len;
+    }
+
+    /// The filled positions, without the rows of biases: all K panels that hold some, `[head_dim][32 positions]` each,
+    /// whose last may have lanes that are not filled; then of all V panels what is filled, `[positions][32 dims]`.
+    /// Layers, heads and panels are in ascending order.
+    pub(crate) fn pieces(&self) -> (impl Iterator<Item = &[f16]>, impl Iterator<Item = &[f16]>) {
+        let (len, panel) = (self.len, panel_len(self.shape.head_dim));
+        let k = self.k.chunks_exact(self.shape.k_head_len());
+        let k = k.flat_map(move |head| head.chunks_exact(panel).take(panel_count(len)));
+        let v = self.v.chunks_exact(self.shape.v_panel_len());
+        (k.map(|panel| &panel[PANEL..]), v.map(move |panel| &panel[PANEL * V_BIAS_ROWS..][..PANEL * len]))
+    }
+
+    /// [`pieces`](Self::pieces) as they are when `len` positions are filled.
+    pub(crate) fn pieces_mut(
+        &mut self,
+        len: usize,
+    ) -> (impl Iterator<Item = &mut [f16]>, impl Iterator<Item = &mut [f16]>) {
+        let panel = panel_len(self.shape.head_dim);
+        let k = self.k.chunks_exact_mut(self.shape.k_head_len());
+        let k = k.flat_map(move |head| head.chunks_exact_mut(panel).take(panel_count(len)));
+        let v = self.v.chunks_exact_mut(self.shape.v_panel_len());
+        (
+            k.map(|panel| &mut panel[PANEL..]),
+            v.map(move |panel| &mut panel[PANEL * V_BIAS_ROWS..][..PANEL * len]),
+        )
+    }
+
+    /// Bytes of the [`pieces`](Self::pieces) when `len` positions are filled.
+    pub(crate) fn pieces_bytes(&self, len: usize) -> u64 {
+        let KvShape { heads, head_dim, layers, .. } = self.shape;
+        let rows = panel_count(len) * head_dim + panel_count(head_dim) * len;
+        (layers * heads * rows * PANEL * size_of::<f16>()) as u64
     }
 
     /// Counts `positions` more as filled.

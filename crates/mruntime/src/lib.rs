@@ -18,6 +18,7 @@ pub mod pool;
 mod prefault;
 mod sampling;
 mod session;
+mod session_file;
 mod weights;
 
 pub use arena::{Arena, Bump, aligned_bytes};
@@ -33,5 +34,5 @@ pub use mrt_format::{Digest, FormatError, GenerationDefaults, Qwen2Config};
 pub use mrt_kernels::Isa;
 pub use pool::{Blocks, Chunks, PerWorker, Pool, Split};
 pub use sampling::{Sampler, SamplingOptions, argmax, sample};
-pub use session::{Session, session_generate};
+pub use session::{Session, session_feed, session_generate, session_logits, session_next, session_prefill};
 pub use weights::{LayerWeights, Qwen2Weights};

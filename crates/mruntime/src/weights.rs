@@ -1,7 +1,7 @@
 //! The weights: views into the weight arena.
 
-use mrt_kernels::f16;
 use mrt_format::{Qwen2Config, Qwen2Layout, Span, qwen2_weights_layout};
+use mrt_kernels::f16;
 
 use crate::error::Error;
 

@@ -101,9 +101,8 @@ impl<'a> Answerer<'a> {
     /// Prefills all but the last batch of what the cache does not hold, batch by batch, so that it can be stopped.
     fn prefill(&mut self, prompt: &[u32]) -> Result<ControlFlow<()>> {
         let Answerer { session, sampler, pool, stop, totals, .. } = self;
-        let same = session.tokens().iter().zip(prompt).take_while(|(a, b)| a == b).count();
         // The last token is computed in any case.
-        let mut filled = same.min(prompt.len() - 1);
+        let mut filled = session.reusable(prompt).min(prompt.len() - 1);
         totals.cached += filled;
         let options = GenerateOptions { max_new_tokens: 0, stop_tokens: &[] };
         while prompt.len() - filled > BATCH {
