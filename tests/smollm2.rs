@@ -117,10 +117,11 @@ fn the_likelihood_of_a_long_text_is_that_of_transformers() {
 fn it_answers_in_a_chat() {
     let model = smollm2();
     let section = |name: &str| model.section(name).unwrap().expect(name);
-    let tokenizer = Tokenizer::from_json(&section("tokenizer.json")).unwrap();
-    let names = SpecialTokenNames::from_tokenizer_config(&section("tokenizer_config.json")).unwrap();
-    let template = String::from_utf8(section("chat_template")).unwrap();
-    let template = ChatTemplate::new(&template, &names).unwrap();
+    let tokenizer = Tokenizer::from_model(model).unwrap();
+    assert!(tokenizer.is_prepacked());
+    let names = SpecialTokenNames::from_section(&section("token_names")).unwrap();
+    let template = section("chat_template");
+    let template = ChatTemplate::new(std::str::from_utf8(&template).unwrap(), &names).unwrap();
     let question = serde_json::json!({"role": "user", "content": "What is the capital of France?"});
     let prompt = template.render(&[question], None, true).unwrap();
     let prompt = tokenizer.encode(&prompt, SpecialTokens::Parse).unwrap();

@@ -111,10 +111,13 @@ pub enum FormatError {
     /// Step 31, when the generation defaults are used.
     #[error("generation: {field} is {value}, must be {expected}")]
     BadGeneration { field: &'static str, value: String, expected: String },
-    /// Step 32, when a chunk of the arena is checked.
+    /// Step 32, when the tokenizer is used.
+    #[error("tokenizer: {field} is {value}, must be {expected}; convert the model again")]
+    BadTokenizer { field: &'static str, value: u64, expected: &'static str },
+    /// Step 33, when a chunk of the arena is checked.
     #[error("chunk {index} of the weights is damaged (bytes {offset} to {end}); get the file again")]
     ChunkDamaged { index: usize, offset: u64, end: u64 },
-    /// Step 33, when everything is checked.
+    /// Step 34, when everything is checked.
     #[error("the padding at byte {offset} is not zero")]
     PaddingNotZero { offset: u64 },
 }

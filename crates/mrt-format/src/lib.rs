@@ -18,6 +18,8 @@ mod section;
 mod source;
 #[cfg(test)]
 mod test_model;
+mod tokenizer;
+mod tokenizer_build;
 mod unpack;
 
 pub use config::{ARCHITECTURE_QWEN2, ConfigError, Qwen2Config};
@@ -37,7 +39,12 @@ pub use plan::{FilePlan, NewSection, plan_file};
 pub use prologue::{Prologue, Section, prologue_bytes};
 pub use section::{
     CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, GenerationDefaults, MAX_STOP_TOKENS, ORIGIN, ReportEntry,
-    TENSOR_TABLE, report_from_bytes, report_to_bytes, tensor_table,
+    TENSOR_TABLE, TOKEN_NAMES, report_from_bytes, report_to_bytes, tensor_table,
 };
 pub use source::{SourceTensor, qwen2_source_count, qwen2_source_tensors};
+pub use tokenizer::{
+    AddedToken, AddedTokens, CLASS_DIGIT, CLASS_LETTER, CLASS_NFC_INERT, CLASS_NUMBER, CLASS_SPACE,
+    CLASS_WORD, DigitSplit, MAX_TOKEN_TEXT, MAX_TOKENS, TOKENIZER, Token, TokenizerSection, WordSplit,
+};
+pub use tokenizer_build::{TokenizerParts, tokenizer_section};
 pub use unpack::unpack_tensor;

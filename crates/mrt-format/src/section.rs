@@ -8,6 +8,7 @@ use crate::error::FormatError;
 use crate::layout::{TensorEntry, qwen2_weights_layout};
 use crate::pack::{Counts, SourceDtype};
 use crate::source::{qwen2_source_count, qwen2_source_tensors};
+use crate::tokenizer::TOKENIZER;
 
 /// Name of the section that lists the tensors of the arena; every file has it.
 pub const TENSOR_TABLE: &str = "tensor_table";
@@ -19,14 +20,19 @@ pub const GENERATION: &str = "generation";
 pub const CHAT_TEMPLATE: &str = "chat_template";
 /// Name of the section that says where the model comes from, a text in UTF-8.
 pub const ORIGIN: &str = "origin";
+/// Name of the section with the names of special tokens: for each its name and its text, both in UTF-8 and ended by a
+/// zero byte.
+pub const TOKEN_NAMES: &str = "token_names";
 
 /// The sections that format version 1.0 defines. Others may be present, but none that a reader must know.
-pub(crate) const KNOWN_SECTIONS: [&str; 9] = [
+pub(crate) const KNOWN_SECTIONS: [&str; 11] = [
     TENSOR_TABLE,
     CONVERSION_REPORT,
     GENERATION,
     CHAT_TEMPLATE,
     ORIGIN,
+    TOKENIZER,
+    TOKEN_NAMES,
     "config.json",
     "generation_config.json",
     "tokenizer.json",

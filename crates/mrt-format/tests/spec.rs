@@ -177,5 +177,5 @@ fn validation_steps() {
             assert_in_spec(&format!("| {step} | `{name}` |"));
         }
     }
-    assert_eq!((step, expected), (33, None));
+    assert_eq!((step, expected), (34, None));
 }

@@ -2,9 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use mrt_format::TOKEN_NAMES;
 use serde_json::Value;
 
 use crate::TextError;
+
+/// The name of a list of tokens.
+const ADDITIONAL: &str = "additional_special_tokens";
 
 /// Special tokens by the names that templates know them by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,11 +33,42 @@ impl SpecialTokenNames {
             .filter(|(name, _)| name.ends_with("_token"))
             .filter_map(|(name, value)| Some((name.clone(), token_text(value)?)))
             .collect();
-        let additional = match config.get("additional_special_tokens") {
+        let additional = match config.get(ADDITIONAL) {
             Some(Value::Array(tokens)) => tokens.iter().filter_map(token_text).collect(),
             _ => Vec::new(),
         };
         Ok(SpecialTokenNames { by_name, additional })
+    }
+
+    /// Reads them from the section `token_names` of a model file.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Config`] if it is not what [`to_section`](Self::to_section) gives.
+    pub fn from_section(content: &[u8]) -> Result<SpecialTokenNames, TextError> {
+        let error = |message: &str| TextError::Config { file: TOKEN_NAMES, message: message.to_owned() };
+        let mut names = SpecialTokenNames::default();
+        let text = std::str::from_utf8(content).map_err(|_| error("it is not UTF-8"))?;
+        let mut strings = text.split_terminator('\0');
+        while let Some(name) = strings.next() {
+            let text = strings.next().ok_or_else(|| error("the last name has no text"))?.to_owned();
+            if name == ADDITIONAL {
+                names.additional.push(text);
+            } else {
+                names.by_name.insert(name.to_owned(), text);
+            }
+        }
+        Ok(names)
+    }
+
+    /// The content of the section `token_names`; `None` if there are no names, or one holds a zero byte.
+    pub fn to_section(&self) -> Option<Vec<u8>> {
+        let additional = self.additional.iter().map(|text| (ADDITIONAL, text.as_str()));
+        let strings: Vec<_> = self.iter().chain(additional).flat_map(|(name, text)| [name, text]).collect();
+        if strings.is_empty() || strings.iter().any(|text| text.contains('\0')) {
+            return None;
+        }
+        Some(strings.iter().flat_map(|text| text.bytes().chain([0])).collect())
     }
 
     /// The text of a token by its name, such as `eos_token`.
@@ -144,5 +179,26 @@ mod tests {
         assert_eq!(names.iter().count(), 2);
         assert_eq!(names.additional, ["<a>", "<b>"]);
         assert!(SpecialTokenNames::from_tokenizer_config(b"[]").is_err());
+    }
+
+    #[test]
+    fn names_as_a_section() {
+        let names = SpecialTokenNames::from_tokenizer_config(
+            br#"{"eos_token": "</s>", "bos_token": "", "additional_special_tokens": ["<a>", "", "<b>"]}"#,
+        )
+        .unwrap();
+        let section = names.to_section().unwrap();
+        assert_eq!(
+            section,
+            b"bos_token\0\0eos_token\0</s>\0additional_special_tokens\0<a>\0additional_special_tokens\0\0additional_special_tokens\0<b>\0"
+        );
+        assert_eq!(SpecialTokenNames::from_section(&section).unwrap(), names);
+
+        assert_eq!(SpecialTokenNames::default().to_section(), None);
+        let zero = SpecialTokenNames::from_tokenizer_config(br#"{"eos_token": "\u0000"}"#).unwrap();
+        assert_eq!(zero.to_section(), None);
+        let error = |bytes: &[u8]| SpecialTokenNames::from_section(bytes).unwrap_err().to_string();
+        assert_eq!(error(b"eos_token\0"), "token_names: the last name has no text");
+        assert_eq!(error(b"\xff"), "token_names: it is not UTF-8");
     }
 }

@@ -11,7 +11,7 @@
 //! let template = ChatTemplate::new(&source, &SpecialTokenNames::from_tokenizer_config(&config)?)?;
 //! let prompt = template.render(&[serde_json::json!({"role": "user", "content": "Hi"})], None, true)?;
 //!
-//! let tokenizer = Tokenizer::from_json(&std::fs::read("tokenizer.json")?)?;
+//! let tokenizer = Tokenizer::from_section(std::fs::read("tokenizer")?)?; // or from_model(&model)
 //! let ids = tokenizer.encode(&prompt, SpecialTokens::Parse)?;
 //! let end = tokenizer.token_id("<|im_end|>").ok_or("the model has no <|im_end|>")?;
 //! // ... give the ids to the model, then:
@@ -28,9 +28,16 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod bpe;
+#[cfg(feature = "json")]
+mod compile;
 mod config;
 mod error;
+#[cfg(feature = "json")]
+mod json;
 mod namespace;
+mod prepacked;
+mod split;
 mod stream;
 mod template;
 #[cfg(test)]
@@ -38,6 +45,8 @@ mod testing;
 mod tojson;
 mod tokenizer;
 
+#[cfg(feature = "json")]
+pub use compile::prepack_tokenizer;
 pub use config::{SpecialTokenNames, find_chat_template};
 pub use error::TextError;
 pub use stream::StreamDecoder;

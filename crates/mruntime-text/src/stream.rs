@@ -8,7 +8,7 @@ use crate::Tokenizer;
 /// A token may end inside a character. Its first bytes, at most three, are held back until the rest comes, so the
 /// cost of a token does not depend on how much text went before.
 pub struct StreamDecoder<'a> {
-    tokenizer: &'a Tokenizer,
+    tokenizer: &'a Tokenizer<'a>,
     skip_special: bool,
     /// Bytes not yet given out: after each call an incomplete character or nothing.
     pending: Vec<u8>,
@@ -17,7 +17,7 @@ pub struct StreamDecoder<'a> {
 
 impl<'a> StreamDecoder<'a> {
     /// Starts a new text. `skip_special` leaves special tokens out of it.
-    pub fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> StreamDecoder<'a> {
+    pub fn new(tokenizer: &'a Tokenizer<'a>, skip_special: bool) -> StreamDecoder<'a> {
         StreamDecoder { tokenizer, skip_special, pending: Vec::new(), piece: String::new() }
     }
 

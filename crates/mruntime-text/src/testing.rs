@@ -1,6 +1,6 @@
 //! A small byte-level tokenizer for unit tests.
 
-use crate::Tokenizer;
+use crate::{Tokenizer, prepack_tokenizer};
 
 /// Token ids: the 256 bytes, then "hi", then the added tokens `<|end|>` (special) and `<a b>`.
 pub(crate) const VOCAB: usize = 259;
@@ -15,8 +15,14 @@ pub(crate) fn byte(byte: u8) -> u32 {
     byte.into()
 }
 
-pub(crate) fn tokenizer() -> Tokenizer {
-    Tokenizer::from_json(json(JSON_TAIL).as_bytes()).unwrap()
+/// Prepacked.
+pub(crate) fn tokenizer() -> Tokenizer<'static> {
+    Tokenizer::from_section(prepack_tokenizer(json(JSON_TAIL).as_bytes()).unwrap()).unwrap()
+}
+
+/// Prepacked, and as JSON.
+pub(crate) fn tokenizers() -> [Tokenizer<'static>; 2] {
+    [tokenizer(), Tokenizer::from_json(json(JSON_TAIL).as_bytes()).unwrap()]
 }
 
 pub(crate) fn json(tail: &str) -> String {

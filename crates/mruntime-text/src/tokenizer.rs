@@ -1,9 +1,13 @@
 //! Text to token ids and back.
 
-use tokenizers::DecoderWrapper;
-use tokenizers::tokenizer::{AddedVocabulary, Model, OffsetType, PreTokenizer};
+use std::borrow::Cow;
 
-use crate::TextError;
+use mrt_format::{TOKENIZER, TokenizerSection};
+use mruntime::Model;
+
+#[cfg(feature = "json")]
+use crate::json::JsonTokenizer;
+use crate::{TextError, prepacked};
 
 /// What becomes of special and other added tokens (`<|im_end|>`, `<tool_call>`) that stand in a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,62 +18,79 @@ pub enum SpecialTokens {
     AsText,
 }
 
-/// The longest run of white space, in characters, that a text may hold.
+/// A tokenizer with byte-level BPE, as every Qwen2 model has.
 ///
-/// The regex engine that splits texts into words remembers every character of a run, a million at most; past that it
-/// stops without a word, and the rest of the text would get wrong tokens.
-const MAX_WHITE_SPACE_RUN: usize = 500_000;
+/// Most model files hold it prepacked: it is used where it lies, and making this value takes no time. What `mr-convert`
+/// could not prepack is read from the file's tokenizer.json and run by the `tokenizers` library, if the feature `json`
+/// is on. Both give the same tokens.
+pub struct Tokenizer<'a>(Backend<'a>);
 
-/// A Hugging Face tokenizer with byte-level BPE, as every Qwen2 model has.
-pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    no_added_tokens: AddedVocabulary,
+enum Backend<'a> {
+    /// Content of a `tokenizer` section that [`TokenizerSection::new`] has accepted.
+    Prepacked(Cow<'a, [u8]>),
+    #[cfg(feature = "json")]
+    Json(Box<JsonTokenizer>),
 }
 
-impl Tokenizer {
+impl<'a> Tokenizer<'a> {
+    /// The tokenizer of a model file.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Model`] if its section is damaged; [`TextError::NoTokenizer`] if the file has none;
+    /// [`TextError::NotPrepacked`] if it has a tokenizer.json only and the feature `json` is off; else as
+    /// [`from_section`](Self::from_section) or `from_json`.
+    pub fn from_model(model: &'a Model) -> Result<Tokenizer<'a>, TextError> {
+        if let Some(content) = model.section(TOKENIZER)? {
+            return Tokenizer::from_section(content);
+        }
+        match model.section("tokenizer.json")? {
+            #[cfg(feature = "json")]
+            Some(json) => Tokenizer::from_json(&json),
+            #[cfg(not(feature = "json"))]
+            Some(_) => Err(TextError::NotPrepacked),
+            None => Err(TextError::NoTokenizer),
+        }
+    }
+
+    /// A prepacked tokenizer: the content of a model file's section `tokenizer`, whose digest was checked.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Prepacked`] if its header is not valid.
+    pub fn from_section(content: impl Into<Cow<'a, [u8]>>) -> Result<Tokenizer<'a>, TextError> {
+        let content = content.into();
+        TokenizerSection::new(&content)?;
+        Ok(Tokenizer(Backend::Prepacked(content)))
+    }
+
     /// Reads the contents of a tokenizer.json.
     ///
     /// # Errors
     ///
     /// [`TextError::Tokenizer`] if it is not a valid tokenizer.json, or its decoder is not `ByteLevel`.
-    pub fn from_json(json: &[u8]) -> Result<Tokenizer, TextError> {
-        let inner =
-            without_panic(|| tokenizers::Tokenizer::from_bytes(json)).map_err(TextError::Tokenizer)?;
-        if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
-            return Err(TextError::Tokenizer(
-                "the decoder is not ByteLevel: only byte-level BPE, the tokenizer of Qwen2 models, is supported"
-                    .into(),
-            ));
-        }
-        Ok(Tokenizer { inner, no_added_tokens: AddedVocabulary::new() })
+    #[cfg(feature = "json")]
+    pub fn from_json(json: &[u8]) -> Result<Tokenizer<'static>, TextError> {
+        Ok(Tokenizer(Backend::Json(Box::new(JsonTokenizer::new(json)?))))
+    }
+
+    /// Whether it is used as it lies in the model file.
+    pub fn is_prepacked(&self) -> bool {
+        matches!(self.0, Backend::Prepacked(_))
     }
 
     /// Token ids of a text. Adds no beginning or end token.
     ///
     /// # Errors
     ///
-    /// [`TextError::Encode`] if more than 500,000 characters of white space stand together, or the tokenizer's own
-    /// steps fail.
+    /// Of a prepacked tokenizer, none. Else [`TextError::Encode`] if more than 500,000 characters of white space stand
+    /// together, or the library's own steps fail.
     pub fn encode(&self, text: &str, special: SpecialTokens) -> Result<Vec<u32>, TextError> {
-        if text.split(|c: char| !c.is_whitespace()).any(|run| run.chars().nth(MAX_WHITE_SPACE_RUN).is_some())
-        {
-            let message = format!("more than {MAX_WHITE_SPACE_RUN} characters of white space stand together");
-            return Err(TextError::Encode(message));
+        match &self.0 {
+            Backend::Prepacked(content) => Ok(prepacked::encode(&section(content), text, special)),
+            #[cfg(feature = "json")]
+            Backend::Json(json) => json.encode(text, special),
         }
-        let added = match special {
-            SpecialTokens::Parse => self.inner.get_added_vocabulary(),
-            SpecialTokens::AsText => &self.no_added_tokens,
-        };
-        // The library's own steps of encoding, spelled out to choose the added tokens for each text.
-        let encoding = without_panic(|| {
-            let mut pieces = added.extract_and_normalize(self.inner.get_normalizer(), text);
-            if let Some(pre_tokenizer) = self.inner.get_pre_tokenizer() {
-                pre_tokenizer.pre_tokenize(&mut pieces)?;
-            }
-            self.inner.get_model().tokenize_in_pretokenized(&mut pieces, None)?;
-            pieces.into_encoding(None, 0, OffsetType::None)
-        });
-        Ok(encoding.map_err(TextError::Encode)?.get_ids().to_vec())
     }
 
     /// The text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary become nothing.
@@ -83,63 +104,47 @@ impl Tokenizer {
 
     /// Appends the bytes of one token, which need not be whole characters.
     pub(crate) fn append_bytes(&self, id: u32, skip_special: bool, out: &mut Vec<u8>) {
-        if skip_special && self.is_special(id) {
-            return;
-        }
-        let Some(token) = self.inner.id_to_token(id) else { return };
-        let start = out.len();
-        for c in token.chars() {
-            match byte_of(c) {
-                Some(byte) => out.push(byte),
-                None => {
-                    // An added token is plain text. Like the library, take it so if it cannot be anything else.
-                    out.truncate(start);
-                    out.extend_from_slice(token.as_bytes());
-                    return;
-                }
-            }
+        match &self.0 {
+            Backend::Prepacked(content) => prepacked::append_bytes(&section(content), id, skip_special, out),
+            #[cfg(feature = "json")]
+            Backend::Json(json) => json.append_bytes(id, skip_special, out),
         }
     }
 
-    /// Number of tokens, added ones included. A model's vocabulary is often larger: padded, without a meaning.
+    /// One more than the highest id. A model's vocabulary is often larger: padded, without a meaning.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        match &self.0 {
+            Backend::Prepacked(content) => section(content).token_count() as usize,
+            #[cfg(feature = "json")]
+            Backend::Json(json) => json.token_count() as usize,
+        }
     }
 
-    /// Id of a token as tokenizer.json writes it, such as `<|im_end|>`.
-    pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
+    /// Id of a special or other added token, such as `<|im_end|>`.
+    pub fn token_id(&self, text: &str) -> Option<u32> {
+        match &self.0 {
+            Backend::Prepacked(content) => {
+                let section = section(content);
+                let mut added = section.added().iter().chain(section.normalized_added().iter());
+                added.find(|token| token.text == text.as_bytes()).map(|token| token.id)
+            }
+            #[cfg(feature = "json")]
+            Backend::Json(json) => json.token_id(text),
+        }
     }
 
     /// Whether an id is a special token, one that `skip_special` leaves out of decoded text.
     pub fn is_special(&self, id: u32) -> bool {
-        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
-    }
-}
-
-/// Runs a part of the tokenizers library. It panics on some broken tokenizer.json files, at loading or at encoding.
-fn without_panic<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
-        Ok(result) => result.map_err(|e| e.to_string()),
-        Err(_) => {
-            Err("the tokenizers library panicked: tokenizer.json is broken or not a Qwen2 model's".to_owned())
+        match &self.0 {
+            Backend::Prepacked(content) => section(content).is_special(id),
+            #[cfg(feature = "json")]
+            Backend::Json(json) => json.is_special(id),
         }
     }
 }
 
-/// The byte that a character of a byte-level token stands for.
-///
-/// GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the other 68 are U+0100 to U+0143 in order.
-fn byte_of(c: char) -> Option<u8> {
-    let code = c as u32;
-    let byte = match code {
-        0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => code,
-        0x100..=0x120 => code - 0x100,
-        0x121..=0x142 => code - 0x121 + 0x7F,
-        0x143 => 0xAD,
-        _ => return None,
-    };
-    Some(byte as u8)
+fn section(content: &[u8]) -> TokenizerSection<'_> {
+    TokenizerSection::new(content).expect("from_section has accepted it")
 }
 
 #[cfg(test)]
@@ -148,73 +153,41 @@ mod tests {
     use crate::testing;
 
     #[test]
-    fn every_byte_has_one_character() {
-        let mut bytes: Vec<u8> = ('\0'..='\u{FFFF}').filter_map(byte_of).collect();
-        bytes.sort();
-        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
-    }
-
-    #[test]
     fn special_tokens_are_parsed_or_text() {
-        let tokenizer = testing::tokenizer();
-        let end = tokenizer.token_id("<|end|>").unwrap();
-        assert!(tokenizer.is_special(end));
-        assert_eq!(tokenizer.encode("hi<|end|>", SpecialTokens::Parse).unwrap(), [testing::HI, end]);
+        for tokenizer in testing::tokenizers() {
+            let end = tokenizer.token_id("<|end|>").unwrap();
+            assert!(tokenizer.is_special(end));
+            assert_eq!(tokenizer.encode("hi<|end|>", SpecialTokens::Parse).unwrap(), [testing::HI, end]);
 
-        let ids = tokenizer.encode("hi<|end|>", SpecialTokens::AsText).unwrap();
-        assert_eq!(ids[0], testing::HI);
-        assert!(!ids.contains(&end));
-        assert_eq!(tokenizer.decode(&ids, true), "hi<|end|>");
-    }
-
-    #[test]
-    fn decode_replaces_broken_utf8_and_ignores_unknown_ids() {
-        let tokenizer = testing::tokenizer();
-        assert_eq!(tokenizer.vocab_size(), testing::VOCAB);
-        assert_eq!(tokenizer.token_id("nothing"), None);
-        let [a, b] = [testing::byte(0xC3), testing::byte(0xA9)];
-        assert_eq!(tokenizer.decode(&[a, b, a, testing::HI, 9999], false), "é\u{FFFD}hi");
-    }
-
-    #[test]
-    fn an_added_token_outside_the_alphabet_is_plain_text() {
-        let tokenizer = testing::tokenizer();
-        let id = tokenizer.token_id("<a b>").unwrap();
-        assert!(!tokenizer.is_special(id));
-        assert_eq!(tokenizer.decode(&[id], true), "<a b>");
-    }
-
-    #[test]
-    fn a_run_of_white_space_that_would_lose_text_is_refused() {
-        let tokenizer = testing::tokenizer();
-        let run = " ".repeat(MAX_WHITE_SPACE_RUN);
-        let ids = tokenizer.encode(&format!("{run}hi"), SpecialTokens::Parse).unwrap();
-        assert_eq!(ids.last(), Some(&testing::HI));
-        assert_eq!(
-            tokenizer.encode(&format!("{run} hi"), SpecialTokens::Parse).unwrap_err().to_string(),
-            "cannot tokenize the text: more than 500000 characters of white space stand together"
-        );
-    }
-
-    #[test]
-    fn what_is_not_byte_level_bpe_is_refused() {
-        let error = |json: &str| Tokenizer::from_json(json.as_bytes()).err().unwrap().to_string();
-        let (pre_tokenizer, _) = testing::JSON_TAIL.split_once('\n').unwrap();
-        assert_eq!(
-            error(&testing::json(&format!(r#"{pre_tokenizer} "decoder": {{"type": "Fuse"}}"#))),
-            "tokenizer.json: the decoder is not ByteLevel: only byte-level BPE, the tokenizer of Qwen2 models, is supported"
-        );
-        for json in ["", "{}", "[1]", "{\"model\": 3}"] {
-            assert!(error(json).starts_with("tokenizer.json: "), "{json}");
+            let ids = tokenizer.encode("hi<|end|>", SpecialTokens::AsText).unwrap();
+            assert_eq!(ids[0], testing::HI);
+            assert!(!ids.contains(&end));
+            assert_eq!(tokenizer.decode(&ids, true), "hi<|end|>");
         }
     }
 
     #[test]
-    fn a_panic_of_the_library_is_an_error() {
-        let (_, decoder) = testing::JSON_TAIL.split_once('\n').unwrap();
-        let json = format!(r#""pre_tokenizer": {{"type": "FixedLength", "length": 0}}, {decoder}"#);
-        let tokenizer = Tokenizer::from_json(testing::json(&json).as_bytes()).unwrap();
-        let error = tokenizer.encode("hi", SpecialTokens::Parse).unwrap_err().to_string();
-        assert!(error.starts_with("cannot tokenize the text: the tokenizers library panicked"), "{error}");
+    fn decode_replaces_broken_utf8_and_ignores_unknown_ids() {
+        for tokenizer in testing::tokenizers() {
+            assert_eq!(tokenizer.vocab_size(), testing::VOCAB);
+            assert_eq!(tokenizer.token_id("nothing"), None);
+            let [a, b] = [testing::byte(0xC3), testing::byte(0xA9)];
+            assert_eq!(tokenizer.decode(&[a, b, a, testing::HI, 9999], false), "é\u{FFFD}hi");
+        }
+    }
+
+    #[test]
+    fn an_added_token_outside_the_alphabet_is_plain_text() {
+        for tokenizer in testing::tokenizers() {
+            let id = tokenizer.token_id("<a b>").unwrap();
+            assert!(!tokenizer.is_special(id));
+            assert_eq!(tokenizer.decode(&[id], true), "<a b>");
+        }
+    }
+
+    #[test]
+    fn a_section_that_is_none_is_refused() {
+        let error = Tokenizer::from_section(&b"no"[..]).err().unwrap().to_string();
+        assert_eq!(error, "tokenizer: bytes is 2, must be at least 64; convert the model again");
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mruntime_text::{
     ChatTemplate, SpecialTokenNames, SpecialTokens, StreamDecoder, Tokenizer, find_chat_template,
+    prepack_tokenizer,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -29,8 +30,9 @@ fn fetched([_, directory, script]: [&str; 3], file: &str) -> Vec<u8> {
     std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}. Run models/{script} first.", path.display()))
 }
 
-fn tokenizer(model: [&str; 3]) -> Tokenizer {
-    Tokenizer::from_json(&fetched(model, "tokenizer.json")).unwrap()
+/// Prepacked.
+fn tokenizer(model: [&str; 3]) -> Tokenizer<'static> {
+    Tokenizer::from_section(prepack_tokenizer(&fetched(model, "tokenizer.json")).unwrap()).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -45,7 +47,13 @@ fn stream(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> String {
 }
 
 fn check_tokens(model: [&str; 3]) {
-    let tokenizer = tokenizer(model);
+    let from_json = Tokenizer::from_json(&fetched(model, "tokenizer.json")).unwrap();
+    for tokenizer in [tokenizer(model), from_json] {
+        check_tokens_of(&tokenizer, model);
+    }
+}
+
+fn check_tokens_of(tokenizer: &Tokenizer, model: [&str; 3]) {
     let golden = golden(&format!("{}_tokens.json", model[0]));
     assert_eq!(tokenizer.vocab_size() as u64, golden["vocab_with_added"].as_u64().unwrap());
     let cases = golden["cases"].as_array().unwrap();
@@ -61,8 +69,8 @@ fn check_tokens(model: [&str; 3]) {
         let without_special = case.get("decoded_skip_special").map_or(decoded, |t| t.as_str().unwrap());
         assert_eq!(tokenizer.decode(&parsed, false), decoded);
         assert_eq!(tokenizer.decode(&parsed, true), without_special);
-        assert_eq!(stream(&tokenizer, &parsed, false), decoded);
-        assert_eq!(stream(&tokenizer, &parsed, true), without_special);
+        assert_eq!(stream(tokenizer, &parsed, false), decoded);
+        assert_eq!(stream(tokenizer, &parsed, true), without_special);
     }
 }
 

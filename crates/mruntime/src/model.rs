@@ -1,5 +1,6 @@
 //! A `.mrt` file, opened: its prologue validated, its weight arena mapped or read.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -78,6 +79,8 @@ pub struct Model {
     path: PathBuf,
     source: Source,
     prologue: Prologue,
+    /// All that comes before the arena, if that is mapped: the sections are used in place then.
+    front: Option<Mapping>,
     arena: WeightArena,
 }
 
@@ -134,8 +137,9 @@ impl Model {
     ) -> Result<Self, Error> {
         let source = Source::File { file, offset };
         let prologue = read_prologue(&source, bytes, options, path)?;
+        let front = map_front(&source, &prologue, options.backing, path)?;
         let arena = open_arena(&source, &prologue, options, path, pool)?;
-        Self { path: path.into(), source, prologue, arena }.checked(options, pool)
+        Self { path: path.into(), source, prologue, front, arena }.checked(options, pool)
     }
 
     /// Opens a model that is linked into the program; the weights are used in place.
@@ -151,7 +155,7 @@ impl Model {
         let source = Source::Memory(bytes);
         let prologue = read_prologue(&source, bytes.len() as u64, options, &path)?;
         let arena = WeightArena::Static(&bytes[prologue.arena_offset() as usize..]);
-        Self { path, source, prologue, arena }.checked(options, pool)
+        Self { path, source, prologue, front: None, arena }.checked(options, pool)
     }
 
     /// The last steps of opening.
@@ -208,11 +212,12 @@ impl Model {
         self.arena().as_ptr().addr().is_multiple_of(HUGE_PAGE)
     }
 
-    /// Reads the section `name` and checks its digest; `None` when the file has no such section.
+    /// The content of section `name`, after its digest was checked; `None` when the file has no such section. It is
+    /// used in place if the weights are.
     ///
     /// # Errors
     /// When it cannot be read or is damaged.
-    pub fn section(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+    pub fn section(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>, Error> {
         let content = self.section_content(name)?;
         if let Some(content) = &content {
             self.prologue.check_section(name, content).map_err(|problem| self.invalid(problem))?;
@@ -258,9 +263,14 @@ impl Model {
         }
     }
 
-    fn section_content(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
+    fn section_content(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>, Error> {
         let Some(section) = self.prologue.section(name) else { return Ok(None) };
-        self.read(section.offset, section.bytes).map(Some)
+        let range = || section.offset as usize..(section.offset + section.bytes) as usize;
+        Ok(Some(match (&self.source, &self.front) {
+            (Source::Memory(bytes), _) => Cow::Borrowed(&bytes[range()]),
+            (_, Some(front)) => Cow::Borrowed(&front.bytes()[range()]),
+            _ => Cow::Owned(self.read(section.offset, section.bytes)?),
+        }))
     }
 
     fn read(&self, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
@@ -328,6 +338,18 @@ fn read_prologue(source: &Source, bytes: u64, options: &OpenOptions, path: &Path
         prologue.expect_root(root).map_err(invalid)?;
     }
     Ok(prologue)
+}
+
+/// Maps all that comes before the arena of a model in a file.
+fn map_front(
+    source: &Source,
+    prologue: &Prologue,
+    backing: Backing,
+    path: &Path,
+) -> Result<Option<Mapping>, Error> {
+    let (Source::File { file, offset }, Backing::Map) = (source, backing) else { return Ok(None) };
+    let io_error = |source| Error::Io { path: path.into(), source };
+    Mapping::new(file, *offset, prologue.arena_offset() as usize).map(Some).map_err(io_error)
 }
 
 /// Maps the arena of a model in a file, or reads it.
@@ -465,7 +487,7 @@ mod tests {
                 assert_eq!(model.config(), &CFG);
                 assert_eq!(model.backing(), Some(options.backing));
                 assert!(model.arena() == &bytes[start..]);
-                assert_eq!(model.section("LICENSE").unwrap().unwrap(), b"No rights reserved");
+                assert_eq!(*model.section("LICENSE").unwrap().unwrap(), *b"No rights reserved");
                 assert_eq!(model.section("README").unwrap(), None);
                 assert_eq!(model.generation().unwrap(), GenerationDefaults::default());
                 assert_eq!(model.weights().final_norm().len(), 64);
@@ -509,7 +531,7 @@ mod tests {
         let model = Model::from_static(&memory[aligned..][..bytes.len()], &options, &mut pool).unwrap();
         assert_eq!(model.arena().as_ptr(), memory[aligned + start..].as_ptr());
         assert_eq!(model.backing(), None);
-        assert_eq!(model.section("config.json").unwrap().unwrap(), b"{}");
+        assert_eq!(*model.section("config.json").unwrap().unwrap(), *b"{}");
 
         let error =
             Model::from_static(&memory[aligned + 2..], &options, &mut pool).err().unwrap().to_string();

@@ -134,7 +134,7 @@ pub fn run(args: ColdArgs) -> Result<()> {
 fn tokenizer_sections(model: &Model) -> Result<Vec<(String, Vec<u8>)>> {
     let names = model.prologue().sections().iter().map(|section| &section.name);
     let names = names.filter(|name| name.contains("token"));
-    names.map(|name| Ok((name.clone(), model.section(name)?.unwrap_or_default()))).collect()
+    names.map(|name| Ok((name.clone(), model.section(name)?.unwrap_or_default().into_owned()))).collect()
 }
 
 struct Bench {

@@ -81,7 +81,7 @@ mod tests {
         let options = OpenOptions { verify: Verify::Full, ..OpenOptions::default() };
         let model = Model::open(file.path(), &options, &mut Pool::new(2).unwrap()).unwrap();
         assert_eq!(model.config(), &cfg);
-        assert_eq!(model.section("LICENSE").unwrap().unwrap(), b"none");
+        assert_eq!(*model.section("LICENSE").unwrap().unwrap(), *b"none");
         assert!(parse_shape("1b").is_err());
     }
 }

@@ -1,15 +1,14 @@
 //! A model from a `.mrt` file or a Hugging Face directory, with the same view of both.
 
-use std::borrow::Cow;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use mrt_format::{CHAT_TEMPLATE, GenerationDefaults};
+use mrt_format::{CHAT_TEMPLATE, GenerationDefaults, TOKEN_NAMES};
 use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
 use mruntime::{Arena, Backing, Model, OpenOptions, Pool, Prefault, Qwen2Config, Qwen2Weights, Verify};
-use mruntime_text::{ChatTemplate, SpecialTokenNames, Tokenizer, find_chat_template};
+use mruntime_text::{ChatTemplate, SpecialTokenNames, TextError, Tokenizer, find_chat_template};
 
 use crate::Result;
 
@@ -131,11 +130,17 @@ impl LoadedModel {
     ///
     /// # Errors
     /// When the model has none, or a damaged one.
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
-        let Some(json) = self.file("tokenizer.json")? else {
-            return Err(self.error("has no tokenizer.json, so it can be run on token ids only"));
+    pub fn tokenizer(&self) -> Result<Tokenizer<'_>> {
+        let tokenizer = match &self.weights {
+            Weights::File(model) => Tokenizer::from_model(model),
+            Weights::Dir { dir, .. } => {
+                dir.file("tokenizer.json").ok_or(TextError::NoTokenizer).and_then(Tokenizer::from_json)
+            }
         };
-        Tokenizer::from_json(&json).map_err(|e| self.error(e))
+        tokenizer.map_err(|e| match e {
+            TextError::Model(error) => error.into(),
+            _ => self.error(e),
+        })
     }
 
     /// The chat template; `None` if the model has none.
@@ -143,27 +148,25 @@ impl LoadedModel {
     /// # Errors
     /// When it is damaged or not valid.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
-        let tokenizer_config = self.file("tokenizer_config.json")?;
-        let names = match &tokenizer_config {
-            Some(json) => SpecialTokenNames::from_tokenizer_config(json).map_err(|e| self.error(e))?,
-            None => SpecialTokenNames::default(),
+        let (names, source) = match &self.weights {
+            // Conversion makes both sections of their own, so that no JSON is read here.
+            Weights::File(model) => {
+                let names = model.section(TOKEN_NAMES)?;
+                let names = names.map(|content| SpecialTokenNames::from_section(&content)).transpose();
+                let template = model.section(CHAT_TEMPLATE)?;
+                (names.map(Option::unwrap_or_default), find_chat_template(template.as_deref(), None))
+            }
+            Weights::Dir { dir, .. } => {
+                let config = dir.file("tokenizer_config.json");
+                let names = config.map(SpecialTokenNames::from_tokenizer_config).transpose();
+                (
+                    names.map(Option::unwrap_or_default),
+                    find_chat_template(dir.file("chat_template.jinja"), config),
+                )
+            }
         };
-        // Conversion makes the template a section of its own, wherever the directory had it.
-        let name = match &self.weights {
-            Weights::File(_) => CHAT_TEMPLATE,
-            Weights::Dir { .. } => "chat_template.jinja",
-        };
-        let source = find_chat_template(self.file(name)?.as_deref(), tokenizer_config.as_deref())
-            .map_err(|e| self.error(e))?;
+        let (names, source) = (names.map_err(|e| self.error(e))?, source.map_err(|e| self.error(e))?);
         source.map(|source| ChatTemplate::new(&source, &names).map_err(|e| self.error(e))).transpose()
-    }
-
-    /// A file of the Hugging Face directory, which `.mrt` files hold as sections of the same names.
-    fn file(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>> {
-        match &self.weights {
-            Weights::File(model) => Ok(model.section(name)?.map(Cow::Owned)),
-            Weights::Dir { dir, .. } => Ok(dir.file(name).map(Cow::Borrowed)),
-        }
     }
 
     fn error(&self, problem: impl std::fmt::Display) -> Box<dyn std::error::Error> {

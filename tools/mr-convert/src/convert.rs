@@ -14,7 +14,7 @@ use mruntime::{Chunks, PerWorker, Pool};
 use sha2::{Digest as _, Sha256};
 
 use crate::ConvertError;
-use crate::sections::{Sections, unpacked_report};
+use crate::sections::{Sections, TokenizerKind, unpacked_report};
 use crate::target::Target;
 
 /// A finished conversion.
@@ -30,6 +30,8 @@ pub struct Converted {
     pub sha256: Digest,
     /// What conversion did to each source tensor, in the order of `qwen2_source_tensors`.
     pub report: Vec<ReportEntry>,
+    /// How the tokenizer is stored.
+    pub tokenizer: TokenizerKind,
 }
 
 /// Writes `model` to `target`, with a line on its `origin`. Setting `interrupted` stops the work between two chunks.
@@ -72,7 +74,7 @@ pub fn convert(
     let sha256 = sha256?;
     target.commit()?;
     let arena_bytes = plan.prologue().layout().arena_bytes;
-    Ok(Converted { file_bytes, arena_bytes, root, sha256, report })
+    Ok(Converted { file_bytes, arena_bytes, root, sha256, report, tokenizer: sections.tokenizer })
 }
 
 /// The report's entries.

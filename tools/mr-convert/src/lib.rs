@@ -13,4 +13,5 @@ mod target;
 pub use convert::{Converted, convert};
 pub use error::ConvertError;
 pub use report::{to_json, write_summary};
+pub use sections::TokenizerKind;
 pub use target::Target;

@@ -8,7 +8,7 @@ use mrt_format::{Counts, ReportEntry, SourceDtype, qwen2_source_tensors};
 use mruntime::Qwen2Config;
 use serde_json::{Value, json};
 
-use crate::Converted;
+use crate::{Converted, TokenizerKind};
 
 /// The report as one JSON object: digests, sizes, totals and every source tensor.
 ///
@@ -26,7 +26,13 @@ pub fn to_json(cfg: &Qwen2Config, converted: &Converted) -> Value {
         })
         .collect();
     let Counts { exact, rounded, flushed } = total(&converted.report);
+    let (tokenizer, reason) = match &converted.tokenizer {
+        TokenizerKind::None => (None, None),
+        TokenizerKind::Prepacked => (Some("prepacked"), None),
+        TokenizerKind::Json(reason) => (Some("json"), Some(reason)),
+    };
     json!({
+        "tokenizer": tokenizer, "tokenizer_not_prepacked": reason,
         "root": converted.root.to_string(), "sha256": converted.sha256.to_string(),
         "file_bytes": converted.file_bytes, "arena_bytes": converted.arena_bytes,
         "exact": exact, "rounded": rounded, "flushed": flushed, "overflowed": 0, "tensors": tensors,
@@ -47,7 +53,7 @@ pub fn write_summary(
     converted: &Converted,
 ) -> io::Result<()> {
     let Counts { exact, rounded, flushed } = total(&converted.report);
-    let Converted { file_bytes, arena_bytes, root, sha256, report } = converted;
+    let Converted { file_bytes, arena_bytes, root, sha256, report, tokenizer } = converted;
     writeln!(out, "{}: {file_bytes} bytes, {arena_bytes} of them weights", path.display())?;
     writeln!(out, "weights: {exact} exact, {rounded} rounded, {flushed} flushed to zero")?;
     let tensors = qwen2_source_tensors(cfg);
@@ -61,6 +67,11 @@ pub fn write_summary(
     }
     if inexact.len() > LISTED {
         writeln!(out, "  and {} tensors with fewer such values", inexact.len() - LISTED)?;
+    }
+    match tokenizer {
+        TokenizerKind::None => writeln!(out, "tokenizer: none")?,
+        TokenizerKind::Prepacked => writeln!(out, "tokenizer: prepacked")?,
+        TokenizerKind::Json(reason) => writeln!(out, "tokenizer: as JSON only; {reason}")?,
     }
     writeln!(out, "root:    {root}")?;
     writeln!(out, "sha256:  {sha256}")

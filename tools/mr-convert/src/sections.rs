@@ -4,17 +4,30 @@ use std::fs::File;
 use std::io::{self, Read};
 
 use mrt_format::{
-    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, NewSection, ORIGIN, ReportEntry, SourceDtype, TensorSource,
-    qwen2_source_count, report_from_bytes,
+    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, NewSection, ORIGIN, ReportEntry, SourceDtype, TOKEN_NAMES,
+    TOKENIZER, TensorSource, qwen2_source_count, report_from_bytes,
 };
 use mruntime::hf::{HfError, Qwen2Dir};
-use mruntime_text::find_chat_template;
+use mruntime_text::{SpecialTokenNames, find_chat_template, prepack_tokenizer};
 
 use crate::ConvertError;
+
+/// How a file holds its tokenizer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerKind {
+    /// Not at all.
+    None,
+    /// Ready for use, and as tokenizer.json.
+    Prepacked,
+    /// As tokenizer.json only, for this reason.
+    Json(String),
+}
 
 /// Names and contents, in the order in which they are written.
 pub struct Sections {
     list: Vec<(String, Vec<u8>)>,
+    /// How the tokenizer is stored.
+    pub tokenizer: TokenizerKind,
 }
 
 impl Sections {
@@ -32,6 +45,18 @@ impl Sections {
             find_chat_template(model.file("chat_template.jinja"), model.file("tokenizer_config.json"))
                 .map_err(|error| ConvertError::Template { dir: model.path.clone(), error })?;
         list.extend(template.map(|text| (CHAT_TEMPLATE.to_owned(), text.into_bytes())));
+        let names =
+            model.file("tokenizer_config.json").map(SpecialTokenNames::from_tokenizer_config).transpose();
+        let names = names.map_err(|error| ConvertError::Template { dir: model.path.clone(), error })?;
+        list.extend(names.and_then(|names| names.to_section()).map(|bytes| (TOKEN_NAMES.to_owned(), bytes)));
+        let tokenizer = match model.file("tokenizer.json").map(prepack_tokenizer) {
+            None => TokenizerKind::None,
+            Some(Ok(bytes)) => {
+                list.push((TOKENIZER.to_owned(), bytes));
+                TokenizerKind::Prepacked
+            }
+            Some(Err(reason)) => TokenizerKind::Json(reason.to_string()),
+        };
         let origin = match origin {
             None => unpacked(model, ORIGIN)?,
             Some(_) => None,
@@ -39,7 +64,7 @@ impl Sections {
         .or(origin_text(origin, model.licence.as_deref()).map(String::into_bytes));
         list.extend(origin.map(|text| (ORIGIN.to_owned(), text)));
         list.extend(model.files.iter().map(|file| (file.name.clone(), file.bytes.clone())));
-        Ok(Sections { list })
+        Ok(Sections { list, tokenizer })
     }
 
     /// Names and lengths.

@@ -7,8 +7,8 @@ use std::path::Path;
 use common::*;
 use half::{bf16, f16};
 use mrt_format::{
-    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, GenerationDefaults, ORIGIN, qwen2_source_tensors,
-    report_from_bytes, sha256,
+    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, GenerationDefaults, ORIGIN, TOKEN_NAMES, TOKENIZER,
+    qwen2_source_tensors, report_from_bytes, sha256,
 };
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -208,6 +208,29 @@ fn the_file_carries_what_stands_beside_the_weights() {
     assert_eq!((generation.bos_token, generation.stop_tokens), (Some(317), vec![319, 317]));
     let sections: Vec<_> = prologue.sections().iter().map(|section| section.name.as_str()).collect();
     assert!(!sections.contains(&"README.md") && !sections.contains(&"pytorch_model.bin"));
+}
+
+#[test]
+fn the_tokenizer_is_prepacked_or_the_reason_is_given() {
+    let dir = tempdir().unwrap();
+    copy_model(&tiny("tied"), dir.path());
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mruntime_chat/tests/fixture");
+    let json = std::fs::read_to_string(fixture.join("tokenizer.json")).unwrap();
+    std::fs::copy(fixture.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
+    let out = dir.path().join("out.mrt");
+    let has = |name: &str| prologue(&std::fs::read(&out).unwrap()).section(name).is_some();
+
+    std::fs::write(dir.path().join("tokenizer.json"), &json).unwrap();
+    let text = convert(dir.path(), &out, &[]);
+    assert!(text.contains("\ntokenizer: prepacked\n"), "{text}");
+    assert!(has(TOKENIZER) && has(TOKEN_NAMES) && has("tokenizer.json"));
+
+    let other = json.replacen("\"add_prefix_space\":false", "\"add_prefix_space\":true", 1);
+    std::fs::write(dir.path().join("tokenizer.json"), other).unwrap();
+    let text = convert(dir.path(), &out, &[]);
+    let reason = "\ntokenizer: as JSON only; tokenizer.json cannot be prepacked: pre_tokenizer ";
+    assert!(text.contains(reason), "{text}");
+    assert!(!has(TOKENIZER) && has(TOKEN_NAMES) && has("tokenizer.json"));
 }
 
 #[test]

@@ -5,7 +5,9 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use mrt_format::{CHAT_TEMPLATE, GENERATION, TENSOR_TABLE, qwen2_source_tensors, unpack_tensor};
+use mrt_format::{
+    CHAT_TEMPLATE, GENERATION, TENSOR_TABLE, TOKEN_NAMES, TOKENIZER, qwen2_source_tensors, unpack_tensor,
+};
 use mruntime_text::find_chat_template;
 use serde_json::{Map, Value, json};
 
@@ -15,7 +17,7 @@ const WEIGHTS: &str = "model.safetensors";
 const CHAT_TEMPLATE_FILE: &str = "chat_template.jinja";
 
 /// Sections that conversion makes anew from the other files.
-const MADE_ANEW: [&str; 3] = [TENSOR_TABLE, GENERATION, CHAT_TEMPLATE];
+const MADE_ANEW: [&str; 5] = [TENSOR_TABLE, GENERATION, CHAT_TEMPLATE, TOKENIZER, TOKEN_NAMES];
 
 /// Writes the weights as FP16 safetensors and the sections as files of their names into the new directory `dir`, which
 /// appears when it is complete. Returns the names of the files.

@@ -18,7 +18,7 @@ pub struct Answerer<'a> {
     session: Session<'a>,
     sampler: Sampler,
     pool: Pool,
-    tokenizer: &'a Tokenizer,
+    tokenizer: &'a Tokenizer<'a>,
     stop_tokens: Vec<u32>,
     max_new_tokens: usize,
     /// Set from outside to stop the answer.
@@ -47,7 +47,7 @@ impl<'a> Answerer<'a> {
         session: Session<'a>,
         sampler: Sampler,
         pool: Pool,
-        tokenizer: &'a Tokenizer,
+        tokenizer: &'a Tokenizer<'a>,
         stop_tokens: Vec<u32>,
         max_new_tokens: usize,
     ) -> Answerer<'a> {

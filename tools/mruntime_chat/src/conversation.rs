@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 /// What was said so far.
 pub struct Conversation<'a> {
-    tokenizer: &'a Tokenizer,
+    tokenizer: &'a Tokenizer<'a>,
     /// None: texts are continued as they are, each one by itself.
     template: Option<&'a ChatTemplate>,
     system: Option<&'a str>,
@@ -37,7 +37,7 @@ impl Turn {
 impl<'a> Conversation<'a> {
     /// An empty conversation.
     pub fn new(
-        tokenizer: &'a Tokenizer,
+        tokenizer: &'a Tokenizer<'a>,
         template: Option<&'a ChatTemplate>,
         system: Option<&'a str>,
     ) -> Conversation<'a> {
@@ -102,7 +102,7 @@ mod tests {
     const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
                             {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
-    fn tokenizer() -> Tokenizer {
+    fn tokenizer() -> Tokenizer<'static> {
         Tokenizer::from_json(include_bytes!("../tests/fixture/tokenizer.json")).unwrap()
     }
 

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 /// A tiny model with a tokenizer and a chat template, in a folder of its own.
 struct ChatModel {
     dir: TempDir,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer<'static>,
     template: ChatTemplate,
 }
 
