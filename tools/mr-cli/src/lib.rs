@@ -11,7 +11,7 @@ use std::io;
 use std::process::ExitCode;
 
 pub use cli::parse;
-pub use model::{LoadedModel, ModelSource};
+pub use model::{LoadedModel, ModelSource, TemplateSource};
 pub use pages::Pages;
 
 /// With an error that is shown to the user as it is: one line.

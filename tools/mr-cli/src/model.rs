@@ -35,6 +35,27 @@ enum Weights {
     Dir { dir: Qwen2Dir, arena: Arena },
 }
 
+/// A chat template with what it takes to compile it.
+pub struct TemplateSource {
+    /// The model that it is of, for messages.
+    pub path: PathBuf,
+    /// What is to be compiled.
+    pub text: String,
+    /// Special tokens by the names that it knows them by.
+    pub names: SpecialTokenNames,
+}
+
+impl TemplateSource {
+    /// The template, ready to render.
+    ///
+    /// # Errors
+    /// When it is not valid.
+    pub fn compile(&self) -> Result<ChatTemplate> {
+        let template = ChatTemplate::new(&self.text, &self.names);
+        template.map_err(|e| format!("{}: {e}", self.path.display()).into())
+    }
+}
+
 impl ModelSource {
     /// The model file at `path`.
     pub fn file(path: PathBuf) -> ModelSource {
@@ -143,11 +164,11 @@ impl LoadedModel {
         })
     }
 
-    /// The chat template; `None` if the model has none.
+    /// The chat template, not compiled yet; `None` if the model has none.
     ///
     /// # Errors
-    /// When it is damaged or not valid.
-    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+    /// When it is damaged.
+    pub fn chat_template(&self) -> Result<Option<TemplateSource>> {
         let (names, source) = match &self.weights {
             // Conversion makes both sections of their own, so that no JSON is read here.
             Weights::File(model) => {
@@ -166,7 +187,7 @@ impl LoadedModel {
             }
         };
         let (names, source) = (names.map_err(|e| self.error(e))?, source.map_err(|e| self.error(e))?);
-        source.map(|source| ChatTemplate::new(&source, &names).map_err(|e| self.error(e))).transpose()
+        Ok(source.map(|text| TemplateSource { path: self.path.clone(), text, names }))
     }
 
     fn error(&self, problem: impl std::fmt::Display) -> Box<dyn std::error::Error> {

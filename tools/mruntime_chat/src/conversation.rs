@@ -4,7 +4,9 @@
 //! are kept, and only what is new is tokenized: an answer keeps the tokens that the model chose, which need not be those
 //! that the tokenizer would choose for its text, so the KV cache still holds all of it.
 
-use mr_cli::Result;
+use std::cell::OnceCell;
+
+use mr_cli::{Result, TemplateSource};
 use mruntime_text::{ChatTemplate, SpecialTokens, Tokenizer};
 use serde_json::{Value, json};
 
@@ -12,7 +14,9 @@ use serde_json::{Value, json};
 pub struct Conversation<'a> {
     tokenizer: &'a Tokenizer<'a>,
     /// None: texts are continued as they are, each one by itself.
-    template: Option<&'a ChatTemplate>,
+    template: Option<TemplateSource>,
+    /// The template, from the first message on.
+    compiled: OnceCell<ChatTemplate>,
     system: Option<&'a str>,
     /// What the last turn ended with.
     messages: Vec<Value>,
@@ -38,11 +42,11 @@ impl<'a> Conversation<'a> {
     /// An empty conversation.
     pub fn new(
         tokenizer: &'a Tokenizer<'a>,
-        template: Option<&'a ChatTemplate>,
+        template: Option<TemplateSource>,
         system: Option<&'a str>,
     ) -> Conversation<'a> {
-        let (messages, text, tokens) = Default::default();
-        let mut conversation = Conversation { tokenizer, template, system, messages, text, tokens };
+        let (compiled, messages, text, tokens) = Default::default();
+        let mut conversation = Conversation { tokenizer, template, compiled, system, messages, text, tokens };
         conversation.reset();
         conversation
     }
@@ -57,18 +61,29 @@ impl<'a> Conversation<'a> {
 
     /// The conversation with `message`, which becomes part of it by [`accept`](Self::accept) only.
     pub fn turn(&self, message: &str) -> Result<Turn> {
-        let Some(template) = self.template else {
+        let Some(source) = &self.template else {
             let tokens = self.tokenizer.encode(message, SpecialTokens::Parse)?;
             return Ok(Turn { messages: Vec::new(), text: String::new(), tokens });
         };
         let mut messages = self.messages.clone();
         messages.push(json!({ "role": "user", "content": message }));
-        let text = template.render(&messages, None, true)?;
+        let text = self.compiled(source)?.render(&messages, None, true)?;
         let tokens = match self.continued(&text)? {
             Some(tokens) => tokens,
             None => self.tokenizer.encode(&text, SpecialTokens::Parse)?,
         };
         Ok(Turn { messages, text, tokens })
+    }
+
+    /// The compiled template.
+    fn compiled(&self, source: &TemplateSource) -> Result<&ChatTemplate> {
+        match self.compiled.get() {
+            Some(template) => Ok(template),
+            None => {
+                let template = source.compile()?;
+                Ok(self.compiled.get_or_init(|| template))
+            }
+        }
     }
 
     /// The tokens of `text` if it continues the conversation's text with a special token, at which tokenizing can begin.
@@ -106,14 +121,15 @@ mod tests {
         Tokenizer::from_json(include_bytes!("../tests/fixture/tokenizer.json")).unwrap()
     }
 
-    fn template(source: &str) -> ChatTemplate {
-        ChatTemplate::new(source, &SpecialTokenNames::default()).unwrap()
+    fn template(source: &str) -> Option<TemplateSource> {
+        let names = SpecialTokenNames::default();
+        Some(TemplateSource { path: "model.mrt".into(), text: source.to_owned(), names })
     }
 
     #[test]
     fn an_answer_keeps_the_tokens_that_were_generated() {
         let (tokenizer, template) = (tokenizer(), template(TEMPLATE));
-        let mut conversation = Conversation::new(&tokenizer, Some(&template), None);
+        let mut conversation = Conversation::new(&tokenizer, template, None);
         let first = conversation.turn("hi").unwrap();
         let before = first.tokens().to_vec();
         // The tokenizer would make one token of it.
@@ -137,7 +153,7 @@ mod tests {
             ("{% for m in messages %}{{ m.content }}{% endfor %}", "athe"),
         ] {
             let template = template(source);
-            let mut conversation = Conversation::new(&tokenizer, Some(&template), None);
+            let mut conversation = Conversation::new(&tokenizer, template, None);
             let first = conversation.turn("a").unwrap();
             conversation.accept(first, &[b't'.into()]);
             let expected = tokenizer.encode(expected, SpecialTokens::Parse).unwrap();
@@ -148,7 +164,7 @@ mod tests {
     #[test]
     fn a_reset_leaves_the_system_message() {
         let (tokenizer, template) = (tokenizer(), template(TEMPLATE));
-        let mut conversation = Conversation::new(&tokenizer, Some(&template), Some("be an ant"));
+        let mut conversation = Conversation::new(&tokenizer, template, Some("be an ant"));
         let first = conversation.turn("hi").unwrap();
         let tokens = first.tokens().to_vec();
         conversation.accept(first, &[65]);

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use mr_cli::Result;
 use mruntime::{
-    Isa, Limits, OpenOptions, Pool, Sampler, Session, Verify, create_qwen2_arenas, qwen2_init_kv_cache,
-    qwen2_init_scratch,
+    Isa, Limits, OpenOptions, Pool, Prefault, Sampler, Session, Verify, create_qwen2_arenas,
+    qwen2_init_kv_cache, qwen2_init_scratch,
 };
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -37,7 +37,9 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<()> {
     let mut pool = Pool::new(cli.threads.unwrap_or_else(mr_cli::all_cores))?;
     let verify = if cli.verify { Verify::Full } else { Verify::Header };
-    let model = cli.model.open(&OpenOptions { verify, ..OpenOptions::default() }, &mut pool)?;
+    // Weights that are on disk only come in while the rest starts, and while the user types.
+    let prefault = Prefault::Background;
+    let model = cli.model.open(&OpenOptions { verify, prefault, ..OpenOptions::default() }, &mut pool)?;
     let cfg = *model.config();
     let defaults = model.generation()?;
     let tokenizer = model.tokenizer()?;
@@ -52,7 +54,7 @@ fn run(cli: &Cli) -> Result<()> {
     let sampler = Sampler::new(sampling, cfg.vocab_size as usize, isa)?;
 
     let mut chat = Chat {
-        conversation: Conversation::new(&tokenizer, template.as_ref(), cli.system.as_deref()),
+        conversation: Conversation::new(&tokenizer, template, cli.system.as_deref()),
         answerer: Answerer::new(
             Session::new(cfg, model.weights(), kv, scratch),
             sampler,
@@ -82,7 +84,7 @@ fn run(cli: &Cli) -> Result<()> {
     Ok(())
 }
 
-fn chat_template(model: &mr_cli::LoadedModel) -> Result<mruntime_text::ChatTemplate> {
+fn chat_template(model: &mr_cli::LoadedModel) -> Result<mr_cli::TemplateSource> {
     let missing = || format!("{} has no chat template; --raw continues plain text", model.name());
     Ok(model.chat_template()?.ok_or_else(missing)?)
 }
