@@ -7,10 +7,12 @@ use std::time::Duration;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use mrt_format::{CHAT_TEMPLATE, TOKEN_NAMES};
+use mruntime::Model;
 
 use crate::namespace::{namespace, with_assignments_as_calls};
 use crate::tojson::tojson;
-use crate::{SpecialTokenNames, TextError};
+use crate::{SpecialTokenNames, TextError, find_chat_template};
 
 const NAME: &str = "chat_template";
 /// Steps of work, or 64 bytes of data each, that one rendering may take: enough for ten thousand messages with Qwen2.5's
@@ -70,6 +72,19 @@ impl ChatTemplate {
             Ok(environment)
         })?;
         Ok(ChatTemplate { environment: Arc::new(environment) })
+    }
+
+    /// Compiles the chat template of a model file; `None` if it has none.
+    ///
+    /// # Errors
+    ///
+    /// When a section is damaged, and as [`new`](Self::new).
+    pub fn from_model(model: &Model) -> Result<Option<ChatTemplate>, TextError> {
+        let source = find_chat_template(model.section(CHAT_TEMPLATE)?.as_deref(), None)?;
+        let names = model.section(TOKEN_NAMES)?;
+        let names =
+            names.map(|content| SpecialTokenNames::from_section(&content)).transpose()?.unwrap_or_default();
+        source.map(|source| ChatTemplate::new(&source, &names)).transpose()
     }
 
     /// Renders a conversation.

@@ -1,6 +1,9 @@
 //! Memory for weights, KV cache and scratch: allocated once, cut up once, never grown.
 
+use std::io;
+
 use crate::error::Error;
+use crate::platform::{advise_huge_pages, lock_anonymous};
 use bytemuck::Pod;
 use memmap2::{MmapMut, MmapOptions};
 
@@ -36,8 +39,7 @@ impl Arena {
     /// When the system refuses them.
     pub fn new(bytes: u64) -> Result<Self, Error> {
         let arena = Self::map(bytes)?;
-        #[cfg(target_os = "linux")]
-        arena.advise(memmap2::Advice::HugePage);
+        advise_huge_pages(&arena.map, arena.start, arena.len, true);
         Ok(arena)
     }
 
@@ -48,15 +50,13 @@ impl Arena {
     /// When the system refuses them.
     pub fn sparse(bytes: u64) -> Result<Self, Error> {
         let arena = Self::map(bytes)?;
-        #[cfg(target_os = "linux")]
-        arena.advise(memmap2::Advice::NoHugePage);
+        advise_huge_pages(&arena.map, arena.start, arena.len, false);
         Ok(arena)
     }
 
-    /// Advice that is not taken leaves a slower arena, not a wrong one.
-    #[cfg(target_os = "linux")]
-    fn advise(&self, advice: memmap2::Advice) {
-        let _ = self.map.advise_range(advice, self.start, self.len);
+    /// Locks the arena in memory.
+    pub(crate) fn lock(&self) -> io::Result<()> {
+        lock_anonymous(&self.map)
     }
 
     fn map(bytes: u64) -> Result<Self, Error> {

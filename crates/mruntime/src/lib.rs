@@ -9,10 +9,10 @@ mod generate;
 #[cfg(feature = "safetensors")]
 pub mod hf;
 mod kv_cache;
-#[expect(unsafe_code, reason = "maps files")]
-mod mapping;
 mod model;
 mod ops;
+#[expect(unsafe_code, reason = "maps files and asks the system")]
+mod platform;
 #[expect(unsafe_code, reason = "hands parts of borrowed data to other threads")]
 pub mod pool;
 mod prefault;
@@ -32,6 +32,7 @@ pub use kv_cache::{KvCache, qwen2_init_kv_cache};
 pub use model::{Backing, Model, OpenOptions, Prefault, Verify};
 pub use mrt_format::{Digest, FormatError, GenerationDefaults, Qwen2Config};
 pub use mrt_kernels::Isa;
+pub use platform::performance_cores;
 pub use pool::{Blocks, Chunks, PerWorker, Pool, Split};
 pub use sampling::{Sampler, SamplingOptions, argmax, sample};
 pub use session::{Session, session_feed, session_generate, session_logits, session_next, session_prefill};

@@ -13,7 +13,7 @@ use mrt_format::{
 
 use crate::arena::{ALIGNMENT, Arena, HUGE_PAGE};
 use crate::error::Error;
-use crate::mapping::Mapping;
+use crate::platform::{Mapping, read_some};
 use crate::pool::{Chunks, Pool};
 use crate::prefault;
 use crate::weights::Qwen2Weights;
@@ -67,6 +67,9 @@ pub struct OpenOptions {
     pub backing: Backing,
     /// When mapped weights are brought into memory.
     pub prefault: Prefault,
+    /// Whether the weights are locked in memory, so that the system cannot take their pages back. Most systems allow it
+    /// for a few MiB only, unless told otherwise.
+    pub lock: bool,
     /// What is checked.
     pub verify: Verify,
     /// The root digest that the file must have, if it is known from elsewhere.
@@ -163,6 +166,9 @@ impl Model {
         let table = self.section_content(TENSOR_TABLE)?.unwrap_or_default();
         self.prologue.check_tensor_table(&table).map_err(|problem| self.invalid(problem))?;
         Qwen2Weights::from_arena(self.config(), self.arena())?;
+        if options.lock {
+            self.lock().map_err(|source| Error::Io { path: self.path.clone(), source })?;
+        }
         if options.verify == Verify::Full {
             self.verify(pool)?;
         }
@@ -263,6 +269,16 @@ impl Model {
         }
     }
 
+    fn lock(&self) -> io::Result<()> {
+        let locked = match &self.arena {
+            WeightArena::Mapped { mapping, .. } => mapping.lock(),
+            WeightArena::Read(arena) => arena.lock(),
+            WeightArena::Static(_) => Err(io::ErrorKind::Unsupported.into()),
+        };
+        let bytes = self.arena().len();
+        locked.map_err(|e| io::Error::new(e.kind(), format!("cannot lock {bytes} bytes in memory: {e}")))
+    }
+
     fn section_content(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>, Error> {
         let Some(section) = self.prologue.section(name) else { return Ok(None) };
         let range = || section.offset as usize..(section.offset + section.bytes) as usize;
@@ -297,16 +313,6 @@ impl Source {
             }
         }
     }
-}
-
-#[cfg(unix)]
-fn read_some(file: &File, offset: u64, out: &mut [u8]) -> io::Result<usize> {
-    std::os::unix::fs::FileExt::read_at(file, out, offset)
-}
-
-#[cfg(windows)]
-fn read_some(file: &File, offset: u64, out: &mut [u8]) -> io::Result<usize> {
-    std::os::windows::fs::FileExt::seek_read(file, out, offset)
 }
 
 /// Fills `out` with the bytes from `offset`, without moving the file's position.

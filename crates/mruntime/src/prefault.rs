@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use crate::mapping::{Mapping, is_cached};
+use crate::platform::{Mapping, is_cached};
 
 /// Bytes that are brought in at a time: large enough for a disk's full rate, small enough to stop soon.
 pub(crate) const PIECE: usize = 4 << 20;
@@ -98,7 +98,7 @@ mod tests {
         let cached = |at: usize| is_cached(file.as_file(), at as u64);
         let system_tells = cached(0);
         file.as_file().sync_all().unwrap();
-        crate::mapping::drop_cache(file.as_file());
+        crate::platform::drop_cache(file.as_file());
         // A file system in memory keeps its pages. Only the first piece, which is not in the range, is looked at before.
         if system_tells && !cached(0) {
             Background::start(mapping, file.reopen().unwrap(), 0, PIECE..bytes).wait();

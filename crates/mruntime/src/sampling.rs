@@ -100,6 +100,11 @@ impl Sampler {
         })
     }
 
+    /// The options that it was made with.
+    pub fn options(&self) -> SamplingOptions {
+        self.options
+    }
+
     /// Notes that `token` has occurred, for the repetition penalty.
     pub fn observe(&mut self, token: u32) {
         if let Some(seen) = self.is_seen.get_mut(token as usize)

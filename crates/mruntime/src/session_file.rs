@@ -25,6 +25,7 @@ use mrt_format::{Digest, Sha256};
 use mrt_kernels::{PANEL, f16};
 
 use crate::error::Error;
+use crate::platform::sync_folder;
 use crate::session::Session;
 
 const MAGIC: [u8; 8] = *b"\x89MRS\r\n\x1a\n";
@@ -245,13 +246,8 @@ fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>
         let _ = std::fs::remove_file(&temporary);
     }
     named?;
-    // Windows cannot open directories for this.
-    #[cfg(unix)]
-    {
-        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(parent)?.sync_all()?;
-    }
-    Ok(())
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    sync_folder(folder.unwrap_or(Path::new(".")))
 }
 
 #[cfg(test)]

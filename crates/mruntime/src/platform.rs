@@ -1,0 +1,185 @@
+//! All that differs from one operating system to another: mapping and its advice, reading at an offset, making a name
+//! durable, counting the cores.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+#[cfg(unix)]
+use memmap2::Advice;
+use memmap2::{Mmap, MmapMut, MmapOptions};
+
+/// A part of a file, mapped read-only: its pages are the page cache's, shared by all processes that map the file.
+pub(crate) struct Mapping(Mmap);
+
+impl Mapping {
+    /// Maps `bytes` bytes of `file` from `offset`, any number, and asks for huge pages on Linux. The address of the first byte is
+    /// congruent to `offset` modulo the page size; where the file system has huge pages, modulo theirs.
+    pub(crate) fn new(file: &File, offset: u64, bytes: usize) -> io::Result<Self> {
+        // SAFETY: the mapping is read-only, never remapped and lives as long as the value, so the borrow checker
+        // covers this process's own uses. What it cannot cover is another process that writes to the file or
+        // truncates it; that is the documented duty of whoever chooses `Backing::Map`, as with an executable
+        // file. The damage would be bounded: the bytes are only ever read as u8 or FP16, every bit pattern of which is
+        // valid, and no offset, length or index is taken from them.
+        let map = unsafe { MmapOptions::new().offset(offset).len(bytes).map(file)? };
+        // Advice that a kernel or file system does not know leaves a slower mapping, not a wrong one.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(Advice::HugePage);
+        Ok(Self(map))
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Locks all pages in memory.
+    pub(crate) fn lock(&self) -> io::Result<()> {
+        #[cfg(unix)]
+        return self.0.lock();
+        #[cfg(not(unix))]
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Brings the pages of `range` into memory and maps them, before they are used. Where the system cannot map ahead
+    /// it is asked to read ahead; advice that is not taken leaves the pages to be brought in by their first use.
+    pub(crate) fn populate(&self, range: Range<usize>) {
+        let (offset, len) = (range.start, range.len());
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if self.0.advise_range(Advice::PopulateRead, offset, len).is_ok() {
+            return;
+        }
+        #[cfg(unix)]
+        let _ = self.0.advise_range(Advice::WillNeed, offset, len);
+    }
+}
+
+/// Locks the pages of anonymous memory.
+pub(crate) fn lock_anonymous(map: &MmapMut) -> io::Result<()> {
+    #[cfg(unix)]
+    return map.lock();
+    #[cfg(not(unix))]
+    {
+        let _ = map;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Asks for huge pages in a part of anonymous memory, or for small ones. Advice that is not taken leaves slower memory.
+#[cfg(target_os = "linux")]
+pub(crate) fn advise_huge_pages(map: &MmapMut, offset: usize, len: usize, huge: bool) {
+    let advice = if huge { Advice::HugePage } else { Advice::NoHugePage };
+    let _ = map.advise_range(advice, offset, len);
+}
+
+/// The size of pages is the system's affair here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn advise_huge_pages(_map: &MmapMut, _offset: usize, _len: usize, _huge: bool) {}
+
+/// Reads some bytes from `offset`, without moving the file's position where the system can do that.
+#[cfg(unix)]
+pub(crate) fn read_some(file: &File, offset: u64, out: &mut [u8]) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, out, offset)
+}
+
+/// Reads some bytes from `offset`. The file's position moves, but nothing here relies on it.
+#[cfg(windows)]
+pub(crate) fn read_some(file: &File, offset: u64, out: &mut [u8]) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, out, offset)
+}
+
+/// Sees to it that the names in a folder are on the disk.
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
+    // Windows cannot open folders for this.
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+}
+
+/// The number of fast cores that this process may use: all cores, but those whose capacity is below half of the largest
+/// one's. Slow cores beside fast ones make the fast ones wait at the end of each job.
+pub fn performance_cores() -> usize {
+    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    fast_cores().map_or(all, |fast| fast.clamp(1, all))
+}
+
+/// By the capacities that the kernel states, on machines whose cores differ.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn fast_cores() -> Option<usize> {
+    let capacity = |cpu: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{cpu}/cpu_capacity");
+        std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()
+    };
+    let capacities: Vec<u64> = (0..).map_while(capacity).collect();
+    let max = *capacities.iter().max()?;
+    Some(capacities.iter().filter(|&&capacity| 2 * capacity >= max).count())
+}
+
+/// Apple's first performance level.
+#[cfg(any(target_os = "macos", target_os = "ios"))]
+fn fast_cores() -> Option<usize> {
+    use std::ffi::{c_char, c_int, c_void};
+    unsafe extern "C" {
+        fn sysctlbyname(
+            name: *const c_char,
+            old: *mut c_void,
+            old_len: *mut usize,
+            new: *mut c_void,
+            new_len: usize,
+        ) -> c_int;
+    }
+    let (mut cores, mut len): (c_int, usize) = (0, size_of::<c_int>());
+    // SAFETY: the name ends with a zero byte; the value goes to `cores`, whose size `len` says; nothing is set.
+    let status = unsafe {
+        sysctlbyname(
+            c"hw.perflevel0.logicalcpu".as_ptr(),
+            (&raw mut cores).cast(),
+            &raw mut len,
+            std::ptr::null_mut(),
+            0,
+        )
+    };
+    usize::try_from(cores).ok().filter(|&cores| status == 0 && cores > 0)
+}
+
+/// Nobody is asked here.
+#[cfg(not(any(target_os = "linux", target_os = "android", target_os = "macos", target_os = "ios")))]
+fn fast_cores() -> Option<usize> {
+    None
+}
+
+/// Whether the byte of `file` at `offset` is in the page cache, so that reading it waits for no disk; false also where the
+/// system does not tell. Looking at a byte that is not there begins to read it.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_cached(file: &File, offset: u64) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut byte = 0u8;
+    let buffer = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    let (one, low, high) = (1 as libc::c_ulong, offset as libc::c_ulong, (offset >> 32) as libc::c_ulong);
+    // SAFETY: preadv2(file, buffers, their number, offset in two halves, flags) writes to the one byte that the buffer
+    // names, which lives until the call returns, and keeps nothing.
+    let read = unsafe {
+        libc::syscall(
+            libc::SYS_preadv2,
+            file.as_raw_fd(),
+            &raw const buffer,
+            one,
+            low,
+            high,
+            libc::RWF_NOWAIT,
+        )
+    };
+    read == 1
+}
+
+/// No such question can be asked here.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_cached(_file: &File, _offset: u64) -> bool {
+    false
+}
+
+/// Takes the pages of `file` out of the page cache, if its file system can get them back.
+#[cfg(all(test, target_os = "linux"))]
+pub(crate) fn drop_cache(file: &File) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: advice on an open file; it touches no memory.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
