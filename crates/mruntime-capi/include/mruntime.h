@@ -98,8 +98,8 @@ typedef struct mruntime_open_options {
 } mruntime_open_options;
 
 // What a model is.
-typedef struct mruntime_model_info {
-    // sizeof(mruntime_model_info)
+typedef struct mruntime_info {
+    // sizeof(mruntime_info)
     size_t size;
     // Bytes of the file.
     uint64_t file_bytes;
@@ -127,7 +127,7 @@ typedef struct mruntime_model_info {
     uint32_t mapped;
     // Threads of the pool that the model's sessions share.
     uint32_t threads;
-} mruntime_model_info;
+} mruntime_info;
 
 // How tokens are chosen. All zeros: the most probable one, always.
 typedef struct mruntime_sampling {
@@ -253,7 +253,7 @@ void mruntime_model_close(struct mruntime_model **model);
 // Tells what the model is.
 //
 // Any thread.
-enum mruntime_status mruntime_model_info(const struct mruntime_model *model, struct mruntime_model_info *info);
+enum mruntime_status mruntime_model_info(const struct mruntime_model *model, struct mruntime_info *info);
 
 // Checks every byte of the model against its digests; MRUNTIME_DAMAGED if there are other ones, and the last error says
 // which.
