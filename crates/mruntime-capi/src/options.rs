@@ -157,7 +157,7 @@ impl Default for mruntime_open_options {
     }
 }
 
-// SAFETY (all five): repr(C), a size first, then numbers and raw pointers, for which any bytes are valid, without padding.
+// SAFETY: repr(C), a size first, then numbers and raw pointers, for which any bytes are valid, without padding.
 unsafe impl WithSize for mruntime_open_options {}
 // SAFETY: as above.
 unsafe impl WithSize for mruntime_session_options {}
@@ -181,13 +181,11 @@ impl mruntime_open_options {
     /// `expected_root` is null or points at 32 bytes.
     pub(crate) unsafe fn check(&self) -> Result<OpenOptions, Failure> {
         choice("reserved", self.reserved, &[()])?;
-        let expected_root = match self.expected_root.is_null() {
-            true => None,
+        let mut expected_root = None;
+        if !self.expected_root.is_null() {
             // SAFETY: the caller's promise.
-            false => {
-                Some(Digest(*unsafe { reference::<[u8; 32]>(self.expected_root.cast(), "expected_root") }?))
-            }
-        };
+            expected_root = Some(Digest(*unsafe { reference(self.expected_root.cast(), "expected_root") }?));
+        }
         Ok(OpenOptions {
             backing: choice("read", self.read, &[Backing::Map, Backing::Read])?,
             prefault: choice(

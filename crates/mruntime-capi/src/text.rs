@@ -24,7 +24,7 @@ impl Shared {
         let make = || {
             // SAFETY: `Shared` never moves, being in an `Arc` since it was made, and it drops the tokenizer before the
             // model. The tokenizer is given out for a borrow of `Shared` only.
-            let model: &'static Model = unsafe { &*&raw const self.model };
+            let model: &'static Model = unsafe { &*std::ptr::from_ref(&self.model) };
             Tokenizer::from_model(model).map_err(remember)
         };
         self.text.tokenizer.get_or_init(make).as_ref().map_err(recall)
