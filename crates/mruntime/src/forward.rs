@@ -193,6 +193,72 @@ pub fn qwen2_forward(
     logits: &mut [f32],
     pool: &mut Pool,
 ) -> Result<(), Error> {
+    qwen2_forward_observed(cfg, weights, kv, scratch, tokens, logits, pool, |_| ())
+}
+
+/// Where in the forward pass an [`Observation`] is made: after the operation of that name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Token embeddings, the beginning of the residual stream: `[tokens][hidden]`.
+    Embed,
+    /// RMSNorm before attention: `[tokens][hidden]`.
+    AttnNorm,
+    /// Q, K and V before RoPE: `[tokens][Q, K and V]`.
+    Qkv,
+    /// Queries after RoPE, divided by sqrt(head_dim): `[kv head][token][head of the group][head_dim]`.
+    Rope,
+    /// Output of the attention heads: `[tokens][heads * head_dim]`.
+    Attention,
+    /// The residual stream after attention: `[tokens][hidden]`.
+    AttnOut,
+    /// RMSNorm before the MLP: `[tokens][hidden]`.
+    MlpNorm,
+    /// SwiGLU of gate and up: `[tokens][intermediate]`.
+    GateUp,
+    /// The residual stream after the layer, its hidden states: `[tokens][hidden]`.
+    Down,
+    /// RMSNorm after the last layer, of the tokens whose logits are wanted: `[tokens][hidden]`.
+    FinalNorm,
+    /// Logits: `[tokens][vocab]`.
+    LmHead,
+}
+
+/// What an operation of the forward pass has computed.
+#[derive(Clone, Copy, Debug)]
+pub struct Observation<'a> {
+    /// The operation.
+    pub stage: Stage,
+    /// The decoder layer, from 0; after the last one their number.
+    pub layer: usize,
+    /// Position of the first token.
+    pub position: usize,
+    /// Tokens.
+    pub tokens: usize,
+    /// The values; the stage says in which shape.
+    pub values: &'a [f32],
+}
+
+/// [`qwen2_forward`], which shows `observe` what each operation has computed, in order: for each prefill step
+/// [`Stage::Embed`], for each layer the stages from [`AttnNorm`](Stage::AttnNorm) to [`Down`](Stage::Down), then, where
+/// logits are wanted, [`FinalNorm`](Stage::FinalNorm) and [`LmHead`](Stage::LmHead). The time between two calls is the
+/// operation's. Observing changes no result.
+///
+/// # Errors
+/// As [`qwen2_forward`].
+///
+/// # Panics
+/// As [`qwen2_forward`], and when `observe` does.
+#[expect(clippy::too_many_arguments, reason = "flat: all state that takes part is named at the call")]
+pub fn qwen2_forward_observed(
+    cfg: &Qwen2Config,
+    weights: &Qwen2Weights<'_>,
+    kv: &mut KvCache<'_>,
+    scratch: &mut Scratch<'_>,
+    tokens: &[u32],
+    logits: &mut [f32],
+    pool: &mut Pool,
+    mut observe: impl FnMut(Observation<'_>),
+) -> Result<(), Error> {
     check_tokens(cfg, kv, tokens)?;
     let (hidden, vocab) = (cfg.hidden_size as usize, cfg.vocab_size as usize);
     let (attention, mlp) = (cfg.attention_width(), cfg.intermediate_size as usize);
@@ -207,33 +273,46 @@ pub fn qwen2_forward(
     for (c, chunk) in tokens.chunks(*batch).enumerate() {
         let n = chunk.len();
         let heads = Heads { kv: kv.shape(), group, tokens: n, start: kv.len() };
+        let position = kv.len();
+        let mut observe = |stage, layer, values: &[f32], tokens| {
+            observe(Observation { stage, layer, position, tokens, values });
+        };
         rope_table(frequencies, kv.len(), cos, sin, n);
         let residual = &mut residual[..n * hidden];
         let normed = &mut normed[..n * hidden];
         ops::embed(weights.embedding(), chunk, hidden, residual, pool);
+        observe(Stage::Embed, 0, residual, n);
 
         for i in 0..cfg.num_layers as usize {
             let layer = weights.layer(i);
             let (k, v) = kv.layer_mut(i);
 
             ops::rms_norm(isa, residual, layer.attn_norm, eps, normed, pool);
+            observe(Stage::AttnNorm, i, normed, n);
             let lhs = Lhs { x: normed, rows: n, stride: hidden, k: hidden };
             let out = Window::new(qkv, n, cfg.qkv_columns(), cfg.qkv_columns());
             ops::linear(isa, lhs, layer.qkv, Epilogue::Store, out, (workers, *worker_len), pool);
+            observe(Stage::Qkv, i, &qkv[..n * cfg.qkv_columns()], n);
             ops::rope_and_store(isa, heads, qkv, (cos, sin), q, (k, v), pool);
+            observe(Stage::Rope, i, &q[..n * attention], n);
             let out = &mut attended[..n * attention];
             ops::attention(isa, heads, q, (k, v), out, (workers, *worker_len), pool);
+            observe(Stage::Attention, i, &attended[..n * attention], n);
             let lhs = Lhs { x: attended, rows: n, stride: attention, k: attention };
             let out = Window::new(residual, n, hidden, hidden);
             ops::linear(isa, lhs, layer.attn_out, Epilogue::Add, out, (workers, *worker_len), pool);
+            observe(Stage::AttnOut, i, residual, n);
 
             ops::rms_norm(isa, residual, layer.mlp_norm, eps, normed, pool);
+            observe(Stage::MlpNorm, i, normed, n);
             let lhs = Lhs { x: normed, rows: n, stride: hidden, k: hidden };
             let out = Window::new(gated, n, mlp, mlp);
             ops::linear(isa, lhs, layer.gate_up, Epilogue::SwiGlu, out, (workers, *worker_len), pool);
+            observe(Stage::GateUp, i, &gated[..n * mlp], n);
             let lhs = Lhs { x: gated, rows: n, stride: mlp, k: mlp };
             let out = Window::new(residual, n, hidden, hidden);
             ops::linear(isa, lhs, layer.down, Epilogue::Add, out, (workers, *worker_len), pool);
+            observe(Stage::Down, i, residual, n);
         }
         kv.advance(n);
 
@@ -247,9 +326,11 @@ pub fn qwen2_forward(
         let logits = if all { &mut logits[first * vocab..(first + n) * vocab] } else { &mut *logits };
         let normed = &mut normed[wanted * hidden..];
         ops::rms_norm(isa, &residual[wanted * hidden..], weights.final_norm(), eps, normed, pool);
+        observe(Stage::FinalNorm, cfg.num_layers as usize, normed, n - wanted);
         let lhs = Lhs { x: normed, rows: n - wanted, stride: hidden, k: hidden };
         let out = Window::new(logits, n - wanted, vocab, vocab);
         ops::linear(isa, lhs, weights.lm_head(), Epilogue::Store, out, (workers, *worker_len), pool);
+        observe(Stage::LmHead, cfg.num_layers as usize, logits, n - wanted);
     }
     Ok(())
 }
@@ -375,6 +456,76 @@ pub(crate) mod tests {
         qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens[7..], &mut rest, &mut pool).unwrap();
         let rest: Vec<u32> = rest.iter().map(|x| x.to_bits()).collect();
         assert!(rest == want[7 * vocab..]);
+    }
+
+    #[test]
+    fn every_operation_is_observed_once_in_order_with_its_values() {
+        let weights = random_arena();
+        let weights = Qwen2Weights::from_arena(&CFG, weights.bytes()).unwrap();
+        let limits = Limits { context: 9, batch: 4, threads: 2 };
+        let mut arenas = create_qwen2_arenas(&CFG, &limits).unwrap();
+        let mut kv = qwen2_init_kv_cache(&CFG, limits.context, &mut arenas.kv_cache.bump()).unwrap();
+        let mut scratch =
+            qwen2_init_scratch(&CFG, &limits, Isa::detect(), &mut arenas.scratch.bump()).unwrap();
+        let mut pool = Pool::new(2).unwrap();
+        let (tokens, vocab) = (tokens(7), CFG.vocab_size as usize);
+        let mut logits = vec![0.0; vocab];
+        let (mut seen, mut residual, mut last) = (Vec::new(), Vec::new(), Vec::new());
+        let observe = |o: Observation<'_>| {
+            seen.push((o.stage, o.layer, o.position, o.tokens));
+            let width = o.values.len() / o.tokens;
+            let expected = match o.stage {
+                Stage::Qkv => CFG.qkv_columns(),
+                Stage::Rope | Stage::Attention => CFG.attention_width(),
+                Stage::GateUp => CFG.intermediate_size as usize,
+                Stage::LmHead => vocab,
+                _ => CFG.hidden_size as usize,
+            };
+            assert_eq!((width, o.values.len()), (expected, expected * o.tokens));
+            match o.stage {
+                Stage::Embed => residual = o.values.to_vec(),
+                Stage::AttnOut | Stage::Down => {
+                    assert_ne!(o.values, residual);
+                    residual = o.values.to_vec();
+                }
+                Stage::LmHead => last = o.values.to_vec(),
+                _ => {}
+            }
+        };
+        qwen2_forward_observed(
+            &CFG,
+            &weights,
+            &mut kv,
+            &mut scratch,
+            &tokens,
+            &mut logits,
+            &mut pool,
+            observe,
+        )
+        .unwrap();
+        let layer = [
+            Stage::AttnNorm,
+            Stage::Qkv,
+            Stage::Rope,
+            Stage::Attention,
+            Stage::AttnOut,
+            Stage::MlpNorm,
+            Stage::GateUp,
+            Stage::Down,
+        ];
+        let mut expected = Vec::new();
+        for (position, n) in [(0, 4), (4, 3)] {
+            expected.push((Stage::Embed, 0, position, n));
+            expected.extend((0..2).flat_map(|i| layer.map(|stage| (stage, i, position, n))));
+        }
+        expected.extend([(Stage::FinalNorm, 2, 4, 1), (Stage::LmHead, 2, 4, 1)]);
+        assert_eq!(seen, expected);
+        assert_eq!(last, logits);
+        // The same without an observer.
+        kv.truncate(0);
+        let mut again = vec![0.0; vocab];
+        qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens, &mut again, &mut pool).unwrap();
+        assert_eq!(again, logits);
     }
 
     #[test]

@@ -24,8 +24,8 @@ mod weights;
 pub use arena::{Arena, Bump, aligned_bytes};
 pub use error::Error;
 pub use forward::{
-    Limits, MemorySizes, Qwen2Arenas, Scratch, create_qwen2_arenas, qwen2_forward, qwen2_init_scratch,
-    qwen2_memory_sizes,
+    Limits, MemorySizes, Observation, Qwen2Arenas, Scratch, Stage, create_qwen2_arenas, qwen2_forward,
+    qwen2_forward_observed, qwen2_init_scratch, qwen2_memory_sizes,
 };
 pub use generate::{GenerateOptions, Generated, StopReason, qwen2_generate};
 pub use kv_cache::{KvCache, qwen2_init_kv_cache};
