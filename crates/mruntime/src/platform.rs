@@ -44,13 +44,14 @@ impl Mapping {
     /// Brings the pages of `range` into memory and maps them, before they are used. Where the system cannot map ahead
     /// it is asked to read ahead; advice that is not taken leaves the pages to be brought in by their first use.
     pub(crate) fn populate(&self, range: Range<usize>) {
-        let (offset, len) = (range.start, range.len());
-        #[cfg(any(target_os = "linux", target_os = "android"))]
-        if self.0.advise_range(Advice::PopulateRead, offset, len).is_ok() {
+        #[cfg(target_os = "linux")]
+        if self.0.advise_range(Advice::PopulateRead, range.start, range.len()).is_ok() {
             return;
         }
         #[cfg(unix)]
-        let _ = self.0.advise_range(Advice::WillNeed, offset, len);
+        let _ = self.0.advise_range(Advice::WillNeed, range.start, range.len());
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 
