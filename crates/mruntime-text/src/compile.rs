@@ -246,8 +246,8 @@ fn classes() -> Understood<Vec<u8>> {
     Ok(classes)
 }
 
-/// Compares the section with the library: the bytes of every token, and the tokens of texts that hold every token and
-/// nearly every character.
+/// Compares the section with the library: the bytes of every token, and the tokens of texts that hold every token, every
+/// added token as text, and nearly every character.
 fn compare(tokenizer: &TokenizerSection, oracle: &JsonTokenizer) -> Understood<()> {
     let mut all = String::new();
     for id in 0..tokenizer.token_count() {
@@ -264,15 +264,25 @@ fn compare(tokenizer: &TokenizerSection, oracle: &JsonTokenizer) -> Understood<(
     let mut rest = all.as_str();
     while !rest.is_empty() {
         let (text, behind) = rest.split_at(rest.ceil_char_boundary(rest.len().min(4096)));
-        for special in [SpecialTokens::Parse, SpecialTokens::AsText] {
-            let expected = oracle.encode(text, special).map_err(|e| e.to_string())?;
-            if prepacked::encode(tokenizer, text, special) != expected {
-                return Err(format!("tokens differ from the library's in {text:?}"));
-            }
-        }
+        compare_text(tokenizer, oracle, text, SpecialTokens::Parse)?;
         rest = behind;
     }
-    Ok(())
+    let added = tokenizer.added().iter().chain(tokenizer.normalized_added().iter());
+    let added: Vec<_> = added.flat_map(|token| token.text).copied().collect();
+    compare_text(tokenizer, oracle, &String::from_utf8_lossy(&added), SpecialTokens::AsText)
+}
+
+fn compare_text(
+    tokenizer: &TokenizerSection,
+    oracle: &JsonTokenizer,
+    text: &str,
+    special: SpecialTokens,
+) -> Understood<()> {
+    let expected = oracle.encode(text, special).map_err(|e| e.to_string())?;
+    match prepacked::encode(tokenizer, text, special) == expected {
+        true => Ok(()),
+        false => Err(format!("tokens differ from the library's in {text:?}")),
+    }
 }
 
 /// A short text of some JSON, for messages.
