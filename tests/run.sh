@@ -6,3 +6,20 @@ cd "$(dirname "$0")/.."
 models/get_qwen2_5_tokenizer.py >&2
 models/get_smollm2.py >&2
 cargo test --workspace "$@"
+
+# The reader that knows the format by its specification only. It needs numpy, which models/fetch.py gets.
+reader() {
+    python3 -c 'import runpy, sys
+sys.path.insert(0, "models")
+import fetch
+fetch.use_requirements()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")' tests/scripts/read_mrt.py "$@"
+}
+reader --vectors tests/vectors/files.json
+folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+for model in tests/goldens/tiny/*; do
+    cargo run -q -p mr-convert -- "$model" "$folder/model.mrt" >"$folder/log"
+    reader "$folder/model.mrt" --safetensors "$model"
+done

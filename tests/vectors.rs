@@ -595,7 +595,8 @@ fn every_field_is_attacked() {
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../format-spec.md")).unwrap();
     let invalid = stored().invalid;
     let mut fields = 0;
-    for row in spec.lines().filter(|line| line.split('|').count() == 7) {
+    let (header_and_directory, _) = spec.split_once("## 5. Chunk table\n").unwrap();
+    for row in header_and_directory.lines().filter(|line| line.split('|').count() == 7) {
         let cells: Vec<_> = row.split('|').map(str::trim).collect();
         let (Ok(_), Ok(_), Some(field)) =
             (cells[1].parse::<u32>(), cells[2].parse::<u32>(), cells[3].strip_prefix('`'))
@@ -613,8 +614,8 @@ fn every_field_is_attacked() {
         }
     }
     assert_eq!(fields, 27 + 7);
-    // And each step has one.
-    for step in 1..=33 {
+    // And each step has one; but a tokenizer's header is attacked where it is read, in mruntime-text.
+    for step in (1..=34).filter(|&step| step != step_of("BadTokenizer")) {
         assert!(invalid.iter().any(|file| file.step == step), "step {step}");
     }
 }

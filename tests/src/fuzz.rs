@@ -13,6 +13,7 @@ use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
 use mruntime::{Pool, Qwen2Config};
 use mruntime_text::{
     ChatTemplate, SpecialTokenNames, SpecialTokens, StreamDecoder, Tokenizer, find_chat_template,
+    prepack_tokenizer,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -21,11 +22,12 @@ use tempfile::TempDir;
 pub type Target = fn(&[u8]);
 
 /// The kinds of input, by the names of their folders in `fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("prologue", prologue),
     ("sections", sections),
     ("safetensors", safetensors),
     ("tokenizer", tokenizer),
+    ("prepacked_tokenizer", prepacked_tokenizer),
     ("chat_template", chat_template),
 ];
 
@@ -254,13 +256,31 @@ pub fn safetensors(data: &[u8]) {
 /// A tokenizer.json; what follows a zero byte is a text to encode with it.
 pub fn tokenizer(data: &[u8]) {
     let (json, text) = split_at_zero(data);
-    let Ok(tokenizer) = Tokenizer::from_json(json) else { return };
     let text = String::from_utf8_lossy(text);
-    for text in ["Hello, world! 12 <|im_end|>\n", &text] {
+    if let Ok(tokenizer) = Tokenizer::from_json(json) {
+        use_tokenizer(&tokenizer, &text);
+    }
+    if let Ok(section) = prepack_tokenizer(json) {
+        use_tokenizer(&Tokenizer::from_section(section).expect("what is written can be read"), &text);
+    }
+}
+
+/// A `tokenizer` section, which is used after its digest has been checked.
+pub fn prepacked_tokenizer(data: &[u8]) {
+    if let Ok(tokenizer) = Tokenizer::from_section(data) {
+        use_tokenizer(&tokenizer, "the e\u{301}t\u{e9} of 1234 \u{1f600}");
+        for id in (0..300).chain([1 << 20, u32::MAX]) {
+            let _ = (tokenizer.decode(&[id], false), tokenizer.is_special(id));
+        }
+    }
+}
+
+fn use_tokenizer(tokenizer: &Tokenizer, text: &str) {
+    for text in ["Hello, world! 12 <|im_end|>\n", text] {
         for special in [SpecialTokens::Parse, SpecialTokens::AsText] {
             let Ok(ids) = tokenizer.encode(text, special) else { continue };
             let _ = tokenizer.decode(&ids, true);
-            let mut stream = StreamDecoder::new(&tokenizer, false);
+            let mut stream = StreamDecoder::new(tokenizer, false);
             let mut streamed = String::new();
             for &id in &ids {
                 streamed.push_str(stream.push(id));

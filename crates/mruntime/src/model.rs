@@ -51,6 +51,10 @@ pub enum Prefault {
 }
 
 /// What is checked when a model is opened.
+///
+/// There is no check on first use: the weights are used by plain loads from memory, all of them for the first token, so
+/// that it would be a full check with a worse moment, and a check in the background would find damage after wrong
+/// tokens have been given out. Whoever wants that calls [`Model::verify`] when there is time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
     /// Header, directory, chunk table and tensor table; microseconds. A section is checked when it is used.
@@ -337,8 +341,10 @@ fn read_prologue(source: &Source, bytes: u64, options: &OpenOptions, path: &Path
     let invalid = |problem| Error::Format { path: path.into(), problem };
     let mut prologue = vec![0; bytes.min(HEADER_BYTES as u64) as usize];
     source.read(0, &mut prologue).map_err(io_error)?;
+    // The header is kept as it was read: in a file that changes it might be another one the next time.
+    let first = prologue.len();
     prologue.resize(prologue_bytes(&prologue, bytes).map_err(invalid)?, 0);
-    source.read(0, &mut prologue).map_err(io_error)?;
+    source.read(first as u64, &mut prologue[first..]).map_err(io_error)?;
     let prologue = Prologue::parse(&prologue, bytes).map_err(invalid)?;
     if let Some(root) = &options.expected_root {
         prologue.expect_root(root).map_err(invalid)?;

@@ -39,7 +39,9 @@ fn run(cli: &Cli) -> Result<()> {
     let verify = if cli.verify { Verify::Full } else { Verify::Header };
     // Weights that are on disk only come in while the rest starts, and while the user types.
     let prefault = Prefault::Background;
-    let model = cli.model.open(&OpenOptions { verify, prefault, ..OpenOptions::default() }, &mut pool)?;
+    let expected_root = cli.expect_root;
+    let options = OpenOptions { verify, prefault, expected_root, ..OpenOptions::default() };
+    let model = cli.model.open(&options, &mut pool)?;
     let cfg = *model.config();
     let defaults = model.generation()?;
     let tokenizer = model.tokenizer()?;

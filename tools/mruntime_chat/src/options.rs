@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use mr_cli::ModelSource;
-use mruntime::{GenerationDefaults, Isa, Qwen2Config, Sampler, SamplingOptions};
+use mruntime::{Digest, GenerationDefaults, Isa, Qwen2Config, Sampler, SamplingOptions};
 
 /// Longer contexts are the user's choice: the KV cache takes memory for each position.
 const DEFAULT_CONTEXT: u32 = 4096;
@@ -20,6 +20,9 @@ pub struct Cli {
     /// Check every byte of FILE.mrt before use
     #[arg(long, conflicts_with = "model_dir")]
     pub verify: bool,
+    /// Refuse FILE.mrt unless this is its root digest, as its publisher states it
+    #[arg(long, value_name = "DIGEST", conflicts_with = "model_dir")]
+    pub expect_root: Option<Digest>,
     /// Answer this and exit
     #[arg(short, long, value_name = "TEXT")]
     pub prompt: Option<String>,

@@ -280,6 +280,9 @@ fn what_is_missing_or_damaged_is_named() {
     let mut damaged = bytes.clone();
     *damaged.last_mut().unwrap() ^= 1;
     assert!(open(&damaged, &["--verify"]).starts_with("damaged: "));
+    // Another file than the pinned one is refused whole as it is.
+    let other = open(&bytes, &["--expect-root", &"0".repeat(64)]);
+    assert!(other.starts_with("another file than expected: its root digest is "), "{other}");
     let mut damaged = bytes.clone();
     let at = damaged.windows(12).position(|text| text == b"<|im_start|>").unwrap();
     damaged[at] ^= 1;
