@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use mrt_format::{Counts, GenerationDefaults, ReportEntry};
 use mrt_format::{Digest, NewSection, SourceDtype, plan_file, qwen2_source_tensors, report_to_bytes};
 use mruntime_tests::fuzz::{CONFIG, DIR_FILES, TARGETS, valid_config_json, valid_safetensors};
-use mruntime_text::prepack_tokenizer;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -151,9 +150,6 @@ fn write_the_seeds() {
     mruntime_text::Tokenizer::from_json(tokenizer.as_bytes()).unwrap();
     write("tokenizer", "bpe", &[tokenizer.as_bytes(), b"\0hehe  it's 12 \xff"].concat());
     write("tokenizer", "empty", b"{}");
-    let section = prepack_tokenizer(tokenizer.as_bytes()).unwrap();
-    write("prepacked_tokenizer", "bpe", &section);
-    write("prepacked_tokenizer", "cut", &section[..section.len() - 1]);
 
     let tool = "{%- if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}";
     let chat = "{%- for m in messages -%}<|im_start|>{{ m.role + '\\n' + m['content'] }}<|im_end|>\n{% endfor -%}\
