@@ -101,16 +101,26 @@ impl TinyModel {
 pub fn smollm2() -> &'static Model {
     static MODEL: OnceLock<Model> = OnceLock::new();
     MODEL.get_or_init(|| {
-        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
-        let dir = Qwen2Dir::open(&models.join("SmolLM2-135M-Instruct")).unwrap_or_else(|e| {
-            panic!("{e}\nrun tests/run.sh, or models/get_smollm2.py, which fetches the model")
-        });
-        // Not in the system's folder for temporary files, which may be in memory. The mapping outlives the name.
-        let folder = tempfile::tempdir_in(models).unwrap();
-        let path = folder.path().join("smollm2.mrt");
-        convert(&dir, &path, 2);
+        // The mapping outlives the name.
+        let (_folder, path) = smollm2_file();
         Model::open(&path, &OpenOptions::default(), &mut Pool::new(1).unwrap()).unwrap()
     })
+}
+
+/// SmolLM2-135M-Instruct as a file, which is removed with the folder.
+///
+/// # Panics
+/// If nobody has fetched it.
+pub fn smollm2_file() -> (tempfile::TempDir, PathBuf) {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
+    let dir = Qwen2Dir::open(&models.join("SmolLM2-135M-Instruct")).unwrap_or_else(|e| {
+        panic!("{e}\nrun tests/run.sh, or models/get_smollm2.py, which fetches the model")
+    });
+    // Not in the system's folder for temporary files, which may be in memory.
+    let folder = tempfile::tempdir_in(models).unwrap();
+    let path = folder.path().join("smollm2.mrt");
+    convert(&dir, &path, 2);
+    (folder, path)
 }
 
 /// `mr-convert`, with that many threads.

@@ -22,6 +22,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Define MRUNTIME_NO_TEXT if the library was built without its feature "text". */
+#ifndef MRUNTIME_NO_TEXT
+#define MRUNTIME_TEXT
+#endif
 
 // Version of this interface. It grows when a program that was compiled for an earlier one would no longer work.
 #define MRUNTIME_ABI_VERSION 1
@@ -69,6 +73,20 @@ typedef enum mruntime_stop {
     // mruntime_session_cancel was called.
     MRUNTIME_STOP_CANCELLED = 4,
 } mruntime_stop;
+
+#if defined(MRUNTIME_TEXT)
+// What becomes of special tokens, such as <|im_end|>, that stand in a text.
+typedef enum mruntime_special {
+#if defined(MRUNTIME_TEXT)
+    // They are text like any other: for text that nobody vouches for.
+    MRUNTIME_SPECIAL_AS_TEXT = 0,
+#endif
+#if defined(MRUNTIME_TEXT)
+    // They become their token: for text that a chat template wrote.
+    MRUNTIME_SPECIAL_PARSE = 1,
+#endif
+} mruntime_special;
+#endif
 
 // An open model.
 typedef struct mruntime_model mruntime_model;

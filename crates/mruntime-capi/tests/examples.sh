@@ -29,6 +29,10 @@ cp "$here"/examples/* "$work"
 cd "$work"
 if [[ ${2:-} == --arm64 ]]; then
     target=aarch64-unknown-linux-gnu
+    for RUSTC in rustc /usr/bin/rustc; do
+        compgen -G "$("$RUSTC" --print target-libdir --target "$target" 2>/dev/null)/libstd-*.rlib" >/dev/null && break
+    done
+    export RUSTC
     qemu=$(command -v qemu-aarch64-static || command -v qemu-aarch64)
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     "$here/install.sh" "$work/usr" --target "$target" --target-dir "${CARGO_TARGET_DIR:-$here/../../target}/arm64"

@@ -427,6 +427,23 @@ fn prefault_mapping(
     Ok(WeightArena::Mapped { mapping, _background: background })
 }
 
+/// The bytes of a `.mrt` file that is linked into the program, aligned as [`Model::from_static`] wants them. The path is
+/// that of `include_bytes!`.
+///
+/// ```ignore
+/// static MODEL: &[u8] = mruntime::include_model!("../model.mrt");
+/// let model = Model::from_static(MODEL, &OpenOptions::default(), &mut pool)?;
+/// ```
+#[macro_export]
+macro_rules! include_model {
+    ($path:expr) => {{
+        #[repr(C, align(64))]
+        struct Aligned<T: ?Sized>(T);
+        static MODEL: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
+        &MODEL.0
+    }};
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -551,6 +568,43 @@ mod tests {
         assert_eq!(error, format!("the model begins at address {address:#x}; align its bytes to 64"));
         let empty = Model::from_static(&memory[aligned..aligned], &options, &mut pool).err().unwrap();
         assert!(empty.to_string().starts_with("(model in memory): not a .mrt file"), "{empty}");
+    }
+
+    #[test]
+    fn what_is_linked_in_is_aligned() {
+        static BYTES: &[u8] = include_model!("model.rs");
+        assert!(BYTES.as_ptr().addr().is_multiple_of(ALIGNMENT));
+        assert!(BYTES == include_bytes!("model.rs"));
+    }
+
+    #[test]
+    fn weights_are_locked_or_opening_fails() {
+        let (bytes, start) = model_bytes();
+        let file = file_of(&bytes);
+        let mut pool = Pool::new(1).unwrap();
+        for backing in [Backing::Map, Backing::Read] {
+            let options = OpenOptions { backing, lock: true, ..OpenOptions::default() };
+            match Model::open(&file, &options, &mut pool) {
+                Ok(model) => assert!(model.arena() == &bytes[start..]),
+                Err(error) => assert!(error.to_string().contains("cannot lock"), "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_file_that_is_replaced_by_renaming_keeps_working() {
+        let (bytes, start) = model_bytes();
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("model.mrt"), dir.path().join("new"));
+        std::fs::write(&path, &bytes).unwrap();
+        let mut pool = Pool::new(2).unwrap();
+        let model = Model::open(&path, &OpenOptions::default(), &mut pool).unwrap();
+        std::fs::write(&new, b"another file").unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        assert!(model.arena() == &bytes[start..]);
+        assert_eq!(model.section("LICENSE").unwrap().unwrap().as_ref(), b"No rights reserved");
+        model.verify(&mut pool).unwrap();
     }
 
     #[test]

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Type-checks what an app links for systems that nothing can be run for here: macOS, iOS, Android and Windows.
+#
+#   tests/platforms.sh [TARGET...]
+#
+# No standard library of these targets is needed: it is type-checked too, from Debian's source package, which is installed
+# by apt-get if this runs as root.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+(($#)) || set -- aarch64-apple-darwin aarch64-apple-ios aarch64-linux-android x86_64-pc-windows-gnu
+
+if [[ ! -e /usr/bin/rustc || ! -d $(/usr/bin/rustc --print sysroot)/lib/rustlib/src/rust/library ]]; then
+    [[ $(id -u) == 0 ]] || { echo "platforms.sh: needs rustc-web and rust-web-src" >&2; exit 2; }
+    apt-get -qq -o DPkg::Lock::Timeout=300 update >&2
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends \
+        rustc-web rust-web-src >/dev/null
+fi
+unset RUSTFLAGS
+# The compiler and its source belong together; -Zbuild-std is for nightly compilers, unless told otherwise.
+export RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1
+for target in "$@"; do
+    cargo check --quiet -Zbuild-std=std,panic_abort --target "$target" --target-dir "${CARGO_TARGET_DIR:-target}/platforms" \
+        -p mruntime -p mruntime-capi
+    echo "platforms.sh: $target type-checks" >&2
+done
