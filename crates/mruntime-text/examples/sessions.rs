@@ -45,24 +45,24 @@ fn main() -> Result<()> {
     session_prefill(&mut base, &first[..common], &mut pool)?;
     let base = &base;
 
+    let answer = |prompt: &[u32]| -> Result<String> {
+        let (mut pool, mut arenas) = (Pool::new(1)?, arenas()?);
+        let cfg = model.config();
+        let kv = qwen2_init_kv_cache(cfg, limits.context, &mut arenas.kv_cache.bump())?;
+        let scratch = qwen2_init_scratch(cfg, &limits, Isa::detect(), &mut arenas.scratch.bump())?;
+        let mut session = base.fork(kv, scratch)?;
+        let mut sampler = Sampler::new(SamplingOptions::GREEDY, cfg.vocab_size as usize, Isa::detect())?;
+        let stop_tokens = model.generation()?.stop_tokens;
+        let options = GenerateOptions { max_new_tokens: 100, stop_tokens: &stop_tokens };
+        let mut tokens = Vec::new();
+        session_generate(&mut session, prompt, &mut sampler, &options, &mut pool, |token| {
+            tokens.push(token);
+            ControlFlow::Continue(())
+        })?;
+        Ok(tokenizer.decode(&tokens, true))
+    };
+    let answer = &answer;
     let answers: Vec<Result<String>> = thread::scope(|scope| {
-        let answer = |prompt: &[u32]| -> Result<String> {
-            let (mut pool, mut arenas) = (Pool::new(1)?, arenas()?);
-            let cfg = model.config();
-            let kv = qwen2_init_kv_cache(cfg, limits.context, &mut arenas.kv_cache.bump())?;
-            let scratch = qwen2_init_scratch(cfg, &limits, Isa::detect(), &mut arenas.scratch.bump())?;
-            let mut session = base.fork(kv, scratch)?;
-            let mut sampler = Sampler::new(SamplingOptions::GREEDY, cfg.vocab_size as usize, Isa::detect())?;
-            let stop_tokens = model.generation()?.stop_tokens;
-            let options = GenerateOptions { max_new_tokens: 100, stop_tokens: &stop_tokens };
-            let mut tokens = Vec::new();
-            session_generate(&mut session, prompt, &mut sampler, &options, &mut pool, |token| {
-                tokens.push(token);
-                ControlFlow::Continue(())
-            })?;
-            Ok(tokenizer.decode(&tokens, true))
-        };
-        let answer = &answer;
         let threads: Vec<_> = prompts.iter().map(|prompt| scope.spawn(move || answer(prompt))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a panic".into()))).collect()
     });
