@@ -9,6 +9,7 @@
 //!
 //! Nothing here allocates, starts threads or does I/O. An [`Isa`] is chosen once and passed to each operation.
 
+mod fast;
 mod isa;
 mod lanes;
 mod panel;
@@ -21,10 +22,13 @@ mod window;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
 
+pub use fast::{FastLane, FastLhs, Numerics, fast_product, fast_stride, pack_fast_row};
 /// The element type of panels, of the `half` crate.
 pub use half::f16;
 pub use isa::Isa;

@@ -4,6 +4,8 @@
 //! cut (into tiles of rows, blocks of k, columns for threads), no chain is reordered; a partial sum that waits
 //! in memory is an f32 like the register it came from. So every cut gives the same bits.
 
+use std::marker::PhantomData;
+
 use half::f16;
 
 use crate::isa::{Isa, dispatch};
@@ -14,7 +16,7 @@ use crate::window::Window;
 
 /// Rows of k that are widened to f32 at a time: 128 KiB, which stay in the L2 cache while all rows of the left-hand
 /// side pass over them. Shorter blocks would fit the L1 cache, but load and store the sums more often.
-const K_BLOCK: usize = 1024;
+pub(crate) const K_BLOCK: usize = 1024;
 
 /// Rows of k after which a small batch changes to the other half of the panel: 4 KiB of FP16, so that the second
 /// half finds the block in the L1 cache.
@@ -72,6 +74,16 @@ pub enum Epilogue {
     SwiGlu,
 }
 
+impl Epilogue {
+    /// Panels that make 32 columns of the result.
+    pub const fn panels_per_output(self) -> usize {
+        match self {
+            Epilogue::Store | Epilogue::Add => 1,
+            Epilogue::SwiGlu => 2,
+        }
+    }
+}
+
 /// Elements of scratch that [`panel_product`] needs for that many rows.
 pub const fn product_scratch_len(rows: usize) -> usize {
     K_BLOCK * PANEL + 2 * rows * PANEL
@@ -90,39 +102,77 @@ pub fn panel_product(
     y: &mut Window<'_>,
     scratch: &mut [f32],
 ) {
-    let panels = panel_count(y.columns()) * if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+    let panels = panel_count(y.columns()) * epilogue.panels_per_output();
     if lhs.rows == 0 || panels == 0 {
         return;
     }
-    assert_eq!(y.rows(), lhs.rows);
+    check_product(lhs.rows, lhs.k, rhs, panels, y, scratch);
     assert!((lhs.rows - 1) * lhs.stride + lhs.k <= lhs.x.len(), "left-hand side shorter than its sizes");
-    assert!((panels - 1) * rhs.stride + panel_len(lhs.k) <= rhs.panels.len(), "too few panels");
-    assert!(scratch.len() >= product_scratch_len(lhs.rows), "scratch too short");
-    dispatch!(isa, product(lhs: Lhs<'_>, rhs: Rhs<'_>, epilogue: Epilogue, y: &mut Window<'_>, scratch: &mut [f32]))
+    dispatch!(isa, exact(lhs: Lhs<'_>, rhs: Rhs<'_>, epilogue: Epilogue, y: &mut Window<'_>, scratch: &mut [f32]))
+}
+
+/// What every product demands of its slices but the left-hand side.
+pub(crate) fn check_product(
+    rows: usize,
+    k: usize,
+    rhs: Rhs<'_>,
+    panels: usize,
+    y: &Window<'_>,
+    scratch: &[f32],
+) {
+    assert_eq!(y.rows(), rows);
+    assert!((panels - 1) * rhs.stride + panel_len(k) <= rhs.panels.len(), "too few panels");
+    assert!(scratch.len() >= product_scratch_len(rows), "scratch too short");
+}
+
+/// How the sums of a panel come about.
+pub(crate) trait PanelSums {
+    /// All sums of one panel: `sums[r][0..32]` for each row.
+    ///
+    /// # Safety
+    /// The machine has the instruction set; `panel` has the bias row and all rows of k; `wide` holds
+    /// `K_BLOCK * PANEL` elements and `sums` `PANEL` for each row.
+    unsafe fn panel_sums(&self, panel: &[f16], wide: &mut [f32], sums: &mut [f32]);
 }
 
 /// [`panel_product`], whose assertions are this function's safety contract.
 #[inline(always)]
-unsafe fn product<L: Lanes>(
+unsafe fn exact<L: Lanes>(
     lhs: Lhs<'_>,
     rhs: Rhs<'_>,
     epilogue: Epilogue,
     y: &mut Window<'_>,
     scratch: &mut [f32],
 ) {
+    // SAFETY: the same contract.
+    unsafe { product::<L>(&Exact(lhs, PhantomData::<L>), rhs, epilogue, y, scratch) }
+}
+
+/// Goes through the panels, one or two for 32 columns of `y`.
+///
+/// # Safety
+/// The machine has `L`'s and the sums' instruction set, and [`check_product`] holds.
+#[inline(always)]
+pub(crate) unsafe fn product<L: Lanes>(
+    lhs: &impl PanelSums,
+    rhs: Rhs<'_>,
+    epilogue: Epilogue,
+    y: &mut Window<'_>,
+    scratch: &mut [f32],
+) {
     let (wide, sums) = scratch.split_at_mut(K_BLOCK * PANEL);
-    let tile_len = lhs.rows * PANEL;
-    let panels_per_output = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
+    let rows = y.rows();
+    let tile_len = rows * PANEL;
+    let panels_per_output = epilogue.panels_per_output();
     for (j, start) in (0..y.columns()).step_by(PANEL).enumerate() {
         let columns = PANEL.min(y.columns() - start);
-        // SAFETY: `panel_product` asserted that all panels are there, that `lhs` is as long as it says, and that
-        // `scratch` holds the block and two tiles of `rows * PANEL` sums.
+        // SAFETY: all panels are there, and `scratch` holds the block and two tiles of `rows * PANEL` sums.
         unsafe {
             for (i, sums) in sums.chunks_exact_mut(tile_len).take(panels_per_output).enumerate() {
-                panel_sums::<L>(lhs, &rhs.panels[(j * panels_per_output + i) * rhs.stride..], wide, sums);
+                lhs.panel_sums(&rhs.panels[(j * panels_per_output + i) * rhs.stride..], wide, sums);
             }
             let (sums, up) = sums.split_at_mut(tile_len);
-            for r in 0..lhs.rows {
+            for r in 0..rows {
                 let row = &mut y.row(r)[start..start + columns];
                 finish::<L>(&mut sums[r * PANEL..][..PANEL], &up[r * PANEL..][..PANEL], epilogue, row);
             }
@@ -151,21 +201,43 @@ unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: 
     }
 }
 
-/// All sums of one panel: `sums[r][0..32]` for each row.
+/// Fills the sums of each row with the biases of `panel`.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `panel` has the bias row and `lhs.k` rows; `lhs` is as long as it says;
-/// `wide` holds `K_BLOCK * PANEL` and `sums` `lhs.rows * PANEL` elements.
+/// The machine has `L`'s instruction set; `panel` has the bias row.
 #[inline(always)]
-unsafe fn panel_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
-    // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
-    // and so are columns start .. start + block of each row of `lhs`.
+pub(crate) unsafe fn start_from_bias<L: Lanes>(panel: &[f16], sums: &mut [f32]) {
+    // SAFETY: the contract above; a row of sums has two vectors.
     unsafe {
         let bias = [L::widen(panel.as_ptr()), L::widen(panel.as_ptr().add(LANES))];
         for row in sums.as_chunks_mut::<PANEL>().0 {
             bias[0].store(row.as_mut_ptr());
             bias[1].store(row.as_mut_ptr().add(LANES));
         }
+    }
+}
+
+/// The sums of the numerics contract.
+struct Exact<'a, L>(Lhs<'a>, PhantomData<L>);
+
+impl<L: Lanes> PanelSums for Exact<'_, L> {
+    #[inline(always)]
+    unsafe fn panel_sums(&self, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
+        // SAFETY: the same contract; `lhs` is as long as it says.
+        unsafe { exact_sums::<L>(self.0, panel, wide, sums) }
+    }
+}
+
+/// [`PanelSums::panel_sums`] for one chain of fused multiply-adds per output.
+///
+/// # Safety
+/// As there, and `lhs` is as long as it says.
+#[inline(always)]
+unsafe fn exact_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
+    // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
+    // and so are columns start .. start + block of each row of `lhs`.
+    unsafe {
+        start_from_bias::<L>(panel, sums);
         let panel = panel.as_ptr().add(PANEL);
         let sums = sums.as_mut_ptr();
         let x = lhs.x.as_ptr();

@@ -1,12 +1,12 @@
 //! The forward pass of Qwen2, and the scratch memory that it works in.
 
 use mrt_format::Qwen2Config;
-use mrt_kernels::{Epilogue, Isa, Lhs, Window};
+use mrt_kernels::{Epilogue, Isa, Lhs, Numerics, Window};
 
 use crate::arena::{Arena, Bump, aligned_bytes};
 use crate::error::Error;
 use crate::kv_cache::{KvCache, KvShape, kv_cache_bytes};
-use crate::ops::{self, Heads};
+use crate::ops::{self, Heads, Products};
 use crate::pool::Pool;
 use crate::weights::Qwen2Weights;
 
@@ -53,11 +53,13 @@ pub fn qwen2_memory_sizes(cfg: &Qwen2Config, limits: &Limits) -> Result<MemorySi
     if limits.batch == 0 || limits.threads == 0 {
         return Err(Error::Limits { batch: limits.batch, threads: limits.threads });
     }
-    let scratch = scratch_lens(cfg, limits);
+    let (f32s, packed) = scratch_lens(cfg, limits);
     Ok(MemorySizes {
         weights: mrt_format::qwen2_weights_layout(cfg).arena_bytes,
         kv_cache: kv_cache_bytes(cfg, limits.context),
-        scratch: scratch.iter().fold(0, |sum, &len| aligned_bytes::<f32>(len).saturating_add(sum)),
+        scratch: f32s
+            .iter()
+            .fold(aligned_bytes::<u16>(packed), |sum, &len| aligned_bytes::<f32>(len).saturating_add(sum)),
     })
 }
 
@@ -72,7 +74,6 @@ pub fn create_qwen2_arenas(cfg: &Qwen2Config, limits: &Limits) -> Result<Qwen2Ar
 
 /// Working memory of [`qwen2_forward`], and the instruction set that it runs on.
 pub struct Scratch<'a> {
-    isa: Isa,
     batch: usize,
     /// Residual stream, `[batch][hidden]`.
     residual: &'a mut [f32],
@@ -91,30 +92,32 @@ pub struct Scratch<'a> {
     /// `[batch][head_dim / 2]` each.
     cos: &'a mut [f32],
     sin: &'a mut [f32],
-    /// Working memory of the threads, `[threads][worker_len]`.
-    workers: &'a mut [f32],
-    worker_len: usize,
+    products: Products<'a>,
     /// For whoever has no logits of its own, `[vocab]`.
     pub(crate) logits: &'a mut [f32],
 }
 
-/// Elements of each field of [`Scratch`], in the order of allocation.
-fn scratch_lens(cfg: &Qwen2Config, limits: &Limits) -> [usize; 11] {
+/// Elements of each f32 field of [`Scratch`], in the order of allocation, and of `packed`.
+fn scratch_lens(cfg: &Qwen2Config, limits: &Limits) -> ([usize; 12], usize) {
     let (hidden, half_head) = (cfg.hidden_size as usize, cfg.head_dim as usize / 2);
+    let (attention, mlp) = (cfg.attention_width(), cfg.intermediate_size as usize);
     let batch = |width: usize| width.saturating_mul(limits.batch);
-    [
+    let f32s = [
         batch(hidden),
         batch(hidden),
         batch(cfg.qkv_columns()),
-        batch(cfg.attention_width()),
-        batch(cfg.attention_width()),
-        batch(cfg.intermediate_size as usize),
+        batch(attention),
+        batch(attention),
+        batch(mlp),
         half_head,
         batch(half_head),
         batch(half_head),
         worker_len(cfg, limits).saturating_mul(limits.threads),
+        batch(1),
         cfg.vocab_size as usize,
-    ]
+    ];
+    let packed = batch(mrt_kernels::fast_stride(hidden.max(attention).max(mlp)));
+    (f32s, packed)
 }
 
 /// Elements of scratch of one thread; a multiple of two cache lines, so that threads share none.
@@ -135,10 +138,11 @@ pub fn qwen2_init_scratch<'a>(
     isa: Isa,
     arena: &mut Bump<'a>,
 ) -> Result<Scratch<'a>, Error> {
-    let mut lens = scratch_lens(cfg, limits).into_iter();
+    let (f32s, packed) = scratch_lens(cfg, limits);
+    let packed = arena.alloc::<u16>(packed)?;
+    let mut lens = f32s.into_iter();
     let mut next = || arena.alloc::<f32>(lens.next().unwrap_or_default());
     let scratch = Scratch {
-        isa,
         batch: limits.batch,
         residual: next()?,
         normed: next()?,
@@ -149,8 +153,14 @@ pub fn qwen2_init_scratch<'a>(
         frequencies: next()?,
         cos: next()?,
         sin: next()?,
-        workers: next()?,
-        worker_len: worker_len(cfg, limits),
+        products: Products {
+            isa,
+            numerics: Numerics::Exact,
+            workers: next()?,
+            worker_len: worker_len(cfg, limits),
+            packed,
+            scales: next()?,
+        },
         logits: next()?,
     };
     for (i, f) in scratch.frequencies.iter_mut().enumerate() {
@@ -168,7 +178,19 @@ impl Scratch<'_> {
 
     /// The instruction set that the forward pass runs on.
     pub fn isa(&self) -> Isa {
-        self.isa
+        self.products.isa
+    }
+
+    /// What the following forward passes trade for speed; at first nothing.
+    ///
+    /// With [`Numerics::Fast`] logits no longer are the same bits for every batch and on every machine.
+    pub fn set_numerics(&mut self, numerics: Numerics) {
+        self.products.numerics = numerics;
+    }
+
+    /// What forward passes trade for speed.
+    pub fn numerics(&self) -> Numerics {
+        self.products.numerics
     }
 }
 
@@ -265,9 +287,9 @@ pub fn qwen2_forward_observed(
     let all = logits.len() == tokens.len() * vocab;
     assert!(all || logits.len() == vocab || logits.is_empty(), "{} logits", logits.len());
     let eps = cfg.rms_norm_eps as f32;
-    let Scratch { isa, batch, residual, normed, qkv, q, attended, gated, .. } = scratch;
-    let Scratch { frequencies, cos, sin, workers, worker_len, .. } = scratch;
-    let isa = *isa;
+    let Scratch { batch, residual, normed, qkv, q, attended, gated, frequencies, cos, sin, products, .. } =
+        scratch;
+    let isa = products.isa;
     let group = (cfg.num_heads / cfg.num_kv_heads) as usize;
 
     for (c, chunk) in tokens.chunks(*batch).enumerate() {
@@ -291,27 +313,27 @@ pub fn qwen2_forward_observed(
             observe(Stage::AttnNorm, i, normed, n);
             let lhs = Lhs { x: normed, rows: n, stride: hidden, k: hidden };
             let out = Window::new(qkv, n, cfg.qkv_columns(), cfg.qkv_columns());
-            ops::linear(isa, lhs, layer.qkv, Epilogue::Store, out, (workers, *worker_len), pool);
+            ops::linear(products, lhs, layer.qkv, Epilogue::Store, out, pool);
             observe(Stage::Qkv, i, &qkv[..n * cfg.qkv_columns()], n);
             ops::rope_and_store(isa, heads, qkv, (cos, sin), q, (k, v), pool);
             observe(Stage::Rope, i, &q[..n * attention], n);
             let out = &mut attended[..n * attention];
-            ops::attention(isa, heads, q, (k, v), out, (workers, *worker_len), pool);
+            ops::attention(products, heads, q, (k, v), out, pool);
             observe(Stage::Attention, i, &attended[..n * attention], n);
             let lhs = Lhs { x: attended, rows: n, stride: attention, k: attention };
             let out = Window::new(residual, n, hidden, hidden);
-            ops::linear(isa, lhs, layer.attn_out, Epilogue::Add, out, (workers, *worker_len), pool);
+            ops::linear(products, lhs, layer.attn_out, Epilogue::Add, out, pool);
             observe(Stage::AttnOut, i, residual, n);
 
             ops::rms_norm(isa, residual, layer.mlp_norm, eps, normed, pool);
             observe(Stage::MlpNorm, i, normed, n);
             let lhs = Lhs { x: normed, rows: n, stride: hidden, k: hidden };
             let out = Window::new(gated, n, mlp, mlp);
-            ops::linear(isa, lhs, layer.gate_up, Epilogue::SwiGlu, out, (workers, *worker_len), pool);
+            ops::linear(products, lhs, layer.gate_up, Epilogue::SwiGlu, out, pool);
             observe(Stage::GateUp, i, &gated[..n * mlp], n);
             let lhs = Lhs { x: gated, rows: n, stride: mlp, k: mlp };
             let out = Window::new(residual, n, hidden, hidden);
-            ops::linear(isa, lhs, layer.down, Epilogue::Add, out, (workers, *worker_len), pool);
+            ops::linear(products, lhs, layer.down, Epilogue::Add, out, pool);
             observe(Stage::Down, i, residual, n);
         }
         kv.advance(n);
@@ -329,7 +351,7 @@ pub fn qwen2_forward_observed(
         observe(Stage::FinalNorm, cfg.num_layers as usize, normed, n - wanted);
         let lhs = Lhs { x: normed, rows: n - wanted, stride: hidden, k: hidden };
         let out = Window::new(logits, n - wanted, vocab, vocab);
-        ops::linear(isa, lhs, weights.lm_head(), Epilogue::Store, out, (workers, *worker_len), pool);
+        ops::linear(products, lhs, weights.lm_head(), Epilogue::Store, out, pool);
         observe(Stage::LmHead, cfg.num_layers as usize, logits, n - wanted);
     }
     Ok(())

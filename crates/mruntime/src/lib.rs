@@ -31,7 +31,7 @@ pub use generate::{GenerateOptions, Generated, StopReason, qwen2_generate};
 pub use kv_cache::{KvCache, qwen2_init_kv_cache};
 pub use model::{Backing, Model, OpenOptions, Prefault, Verify};
 pub use mrt_format::{Digest, FormatError, GenerationDefaults, Qwen2Config};
-pub use mrt_kernels::Isa;
+pub use mrt_kernels::{FastLane, Isa, Numerics};
 pub use platform::performance_cores;
 pub use pool::{Blocks, Chunks, PerWorker, Pool, Split};
 pub use sampling::{Sampler, SamplingOptions, argmax, sample};

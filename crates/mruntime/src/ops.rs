@@ -1,7 +1,9 @@
 //! The operations of a forward pass: each cuts its work into parts, and hands the parts to the kernels.
 
 use mrt_kernels::f16;
-use mrt_kernels::{Epilogue, Isa, Lhs, PANEL, Rhs, Window, panel_count, panel_len};
+use mrt_kernels::{
+    Epilogue, FastLane, FastLhs, Isa, Lhs, Numerics, PANEL, Rhs, Window, panel_count, panel_len,
+};
 
 use crate::kv_cache::{KvShape, v_row};
 use crate::pool::{Blocks, Chunks, PerWorker, Pool};
@@ -34,26 +36,63 @@ pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f16], eps: f32, out: &mut 
     });
 }
 
-/// `out = epilogue(lhs * panels)`, the columns of `out` spread over the threads. `scratch` is cut into pieces of
-/// `piece` elements, one for each worker.
+/// How products with weights are computed, and the memory that they need.
+pub(crate) struct Products<'a> {
+    pub isa: Isa,
+    pub numerics: Numerics,
+    /// Working memory of the threads, `[threads][worker_len]`.
+    pub workers: &'a mut [f32],
+    pub worker_len: usize,
+    /// Activations as a fast lane wants them, `[batch][fast_stride(inputs)]`, and the scale of each row.
+    pub packed: &'a mut [u16],
+    pub scales: &'a mut [f32],
+}
+
+/// `out = epilogue(lhs * panels)`, the columns of `out` spread over the threads.
 pub(crate) fn linear(
-    isa: Isa,
+    products: &mut Products<'_>,
     lhs: Lhs<'_>,
     panels: &[f16],
     epilogue: Epilogue,
     out: Window<'_>,
-    (scratch, piece): (&mut [f32], usize),
     pool: &mut Pool,
 ) {
     let count = panel_count(out.columns());
     let part = (count / (pool.threads() * PARTS_PER_THREAD)).clamp(1, MAX_PART_PANELS);
     let (rows, rhs) = (out.rows(), Rhs::weights(panels, lhs.k));
-    let panels_per_output = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
-    let split = (Blocks::new(out, rows, part * PANEL), PerWorker::new(scratch, piece));
-    pool.run_split(split, |_, i, (mut out, scratch)| {
-        let rhs = rhs.from_panel(i * part * panels_per_output);
-        mrt_kernels::panel_product(isa, lhs, rhs, epilogue, &mut out, scratch);
+    let rhs = |i: usize| rhs.from_panel(i * part * epilogue.panels_per_output());
+    let workers = PerWorker::new(products.workers, products.worker_len);
+    let split = (Blocks::new(out, rows, part * PANEL), workers);
+    match products.numerics {
+        Numerics::Fast(lane) if lane.takes(rows) => {
+            let lhs = pack(lane, lhs, products.packed, products.scales, pool);
+            pool.run_split(split, |_, i, (mut out, scratch)| {
+                mrt_kernels::fast_product(lane, lhs, rhs(i), epilogue, &mut out, scratch);
+            });
+        }
+        _ => pool.run_split(split, |_, i, (mut out, scratch)| {
+            mrt_kernels::panel_product(products.isa, lhs, rhs(i), epilogue, &mut out, scratch);
+        }),
+    }
+}
+
+/// Rounds the rows of `lhs` for a fast lane.
+fn pack<'a>(
+    lane: FastLane,
+    lhs: Lhs<'_>,
+    packed: &'a mut [u16],
+    scales: &'a mut [f32],
+    pool: &mut Pool,
+) -> FastLhs<'a> {
+    let (stride, rows) = (mrt_kernels::fast_stride(lhs.k), 16);
+    let (packed, scales) = (&mut packed[..lhs.rows * stride], &mut scales[..lhs.rows]);
+    pool.run_split((Chunks::new(packed, rows * stride), Chunks::new(scales, rows)), |_, i, (out, scales)| {
+        let x = lhs.x[i * rows * lhs.stride..].chunks(lhs.stride);
+        for ((x, out), scale) in x.zip(out.chunks_exact_mut(stride)).zip(scales) {
+            *scale = mrt_kernels::pack_fast_row(lane, &x[..lhs.k], out);
+        }
     });
+    FastLhs { x: packed, scales, k: lhs.k }
 }
 
 /// What attention needs to know of a chunk of tokens.
@@ -142,19 +181,20 @@ pub(crate) fn rope_and_store(
 ///
 /// Scores are exact: a row's scores over all its positions are computed, then its softmax, then the weighted sum.
 pub(crate) fn attention(
-    isa: Isa,
+    products: &mut Products<'_>,
     heads: Heads,
     q: &[f32],
     (k, v): (&[f16], &[f16]),
     out: &mut [f32],
-    (scratch, piece): (&mut [f32], usize),
     pool: &mut Pool,
 ) {
+    let isa = products.isa;
     let Heads { kv, group, tokens, start } = heads;
     let (d, width) = (kv.head_dim, group * kv.heads * kv.head_dim);
     let tile = heads.tile();
     let blocks = Blocks::new(Window::new(out, tokens, width, width), tile, group * d);
-    pool.run_split((blocks, PerWorker::new(scratch, piece)), |_, i, (mut out, scratch)| {
+    let workers = PerWorker::new(products.workers, products.worker_len);
+    pool.run_split((blocks, workers), |_, i, (mut out, scratch)| {
         let (first, g) = (i / kv.heads * tile, i % kv.heads);
         let rows = out.rows() * group;
         let positions = start + first + out.rows();

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use clap::Args;
-use mr_cli::Result;
+use mr_cli::{NumericsArg, Result};
 use mruntime::{
-    Isa, KvCache, Limits, Pool, Qwen2Arenas, Qwen2Config, Qwen2Weights, Scratch, qwen2_forward,
+    Isa, KvCache, Limits, Numerics, Pool, Qwen2Arenas, Qwen2Config, Qwen2Weights, Scratch, qwen2_forward,
     qwen2_init_kv_cache, qwen2_init_scratch,
 };
 
@@ -19,17 +19,27 @@ pub struct RunArgs {
     pub isa: IsaArg,
 }
 
-/// The choice of the instruction set.
+/// The choice of the instruction set, and of what to make of it.
 #[derive(Args)]
 pub struct IsaArg {
     /// Instruction set [default: the fastest of this machine]
     #[arg(long, value_name = "NAME", value_parser = parse_isa)]
     isa: Option<Isa>,
+    #[command(flatten)]
+    numerics: NumericsArg,
 }
 
 impl IsaArg {
     pub fn get(&self) -> Isa {
         self.isa.unwrap_or_else(Isa::detect)
+    }
+
+    /// What goes with it.
+    ///
+    /// # Errors
+    /// When the fast lane was asked for and there is none.
+    pub fn numerics(&self) -> Result<Numerics> {
+        self.numerics.get(self.get())
     }
 }
 
@@ -55,10 +65,11 @@ impl<'a> Inference<'a> {
         weights: Qwen2Weights<'a>,
         arenas: &'a mut Qwen2Arenas,
         limits: &Limits,
-        isa: Isa,
+        isa: &IsaArg,
     ) -> Result<Self> {
         let kv = qwen2_init_kv_cache(cfg, limits.context, &mut arenas.kv_cache.bump())?;
-        let scratch = qwen2_init_scratch(cfg, limits, isa, &mut arenas.scratch.bump())?;
+        let mut scratch = qwen2_init_scratch(cfg, limits, isa.get(), &mut arenas.scratch.bump())?;
+        scratch.set_numerics(isa.numerics()?);
         Ok(Inference { cfg: *cfg, weights, kv, scratch })
     }
 

@@ -43,9 +43,9 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     let tokens = read_tokens(&args.tokens, cfg.vocab_size)?;
     let limits =
         Limits { context: tokens.len(), batch: args.batch.min(tokens.len()), threads: pool.threads() };
-    let isa = args.run.isa.get();
+    let (isa, numerics) = (args.run.isa.get(), args.run.isa.numerics()?);
     let mut arenas = create_qwen2_arenas(cfg, &limits)?;
-    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, isa)?;
+    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, &args.run.isa)?;
 
     let vocab = cfg.vocab_size as usize;
     write_whole(&args.out, |out| {
@@ -67,15 +67,16 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     if args.json {
         let result = json!({
             "model": model.name(), "tokens": tokens.len(), "positions": positions, "vocab_size": vocab,
-            "out": args.out.display().to_string(), "threads": pool.threads(), "isa": isa.name(),
+            "out": args.out.display().to_string(), "threads": pool.threads(), "isa": isa.name(), "numerics": numerics.name(),
         });
         writeln!(stdout, "{result}")?;
     } else {
         writeln!(
             stdout,
-            "{}: {positions} x {vocab} logits after {} tokens",
+            "{}: {positions} x {vocab} logits after {} tokens, {} numerics",
             args.out.display(),
-            tokens.len()
+            tokens.len(),
+            numerics.name()
         )?;
     }
     Ok(())

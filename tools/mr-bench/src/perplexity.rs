@@ -61,10 +61,10 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     }
     let longest = (cfg.max_position_embeddings as usize).min(DEFAULT_WINDOW);
     let window = args.ctx.map_or(longest, |n| n as usize);
-    let isa = args.run.isa.get();
+    let (isa, numerics) = (args.run.isa.get(), args.run.isa.numerics()?);
     let limits = Limits { context: window, batch: args.batch.min(window), threads: pool.threads() };
     let mut arenas = create_qwen2_arenas(cfg, &limits)?;
-    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, isa)?;
+    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, &args.run.isa)?;
 
     let vocab = cfg.vocab_size as usize;
     let mut logits = vec![0.0; limits.batch * vocab];
@@ -99,11 +99,16 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     if args.json {
         let result = json!({
             "model": model.name(), "tokens": tokens.len(), "window": window, "predictions": predictions,
-            "mean_nll": mean, "perplexity": perplexity, "threads": pool.threads(), "isa": isa.name(),
+            "mean_nll": mean, "perplexity": perplexity, "threads": pool.threads(), "isa": isa.name(), "numerics": numerics.name(),
         });
         writeln!(stdout, "{result}")?;
     } else {
-        writeln!(stdout, "tokens {}, windows of {window}, predictions {predictions}", tokens.len())?;
+        writeln!(
+            stdout,
+            "tokens {}, windows of {window}, predictions {predictions}, {} numerics",
+            tokens.len(),
+            numerics.name()
+        )?;
         writeln!(stdout, "mean negative log-likelihood {mean:.6} nats")?;
         writeln!(stdout, "perplexity {perplexity:.4}")?;
     }

@@ -98,6 +98,7 @@ struct Report {
     /// After the tests.
     pages: Option<Pages>,
     isa: &'static str,
+    numerics: &'static str,
     batch: usize,
     rooflines: Vec<Roofline>,
     tests: Vec<Measurement>,
@@ -111,7 +112,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     let backing = args.backing.unwrap_or_default();
     let model = args.model.open(&OpenOptions { backing, ..OpenOptions::default() }, &mut pool)?;
     let cfg = model.config();
-    let isa = args.isa.get();
+    let (isa, numerics) = (args.isa.get(), args.isa.numerics()?);
 
     let prefills = args.prompt.iter().map(|&n| Kind::Prefill(n));
     let mut kinds: Vec<_> = prefills.chain(args.generate.iter().map(|&n| Kind::Decode(n))).collect();
@@ -123,7 +124,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     let context = most_tokens.saturating_add(*deepest);
     let limits = Limits { context, batch: args.batch.min(context), threads: most_threads };
     let mut arenas = create_qwen2_arenas(cfg, &limits)?;
-    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, isa)?;
+    let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, &args.isa)?;
     let tokens: Vec<u32> = (0..context as u32).map(|i| random_token(i, cfg.vocab_size)).collect();
     let mut logits = vec![0.0; cfg.vocab_size as usize];
 
@@ -176,6 +177,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
         backing: model.backing(),
         pages: Pages::of(model.arena()),
         isa: isa.name(),
+        numerics: numerics.name(),
         batch: limits.batch,
         rooflines,
         tests,
@@ -266,7 +268,11 @@ fn write_table(report: &Report, out: &mut impl Write) -> Result<()> {
         report.model,
         report.weight_bytes / 1_000_000
     )?;
-    writeln!(out, "mr-bench  {}, {}, batch {}\n", report.version, report.isa, report.batch)?;
+    writeln!(
+        out,
+        "mr-bench  {}, {}, {} numerics, batch {}\n",
+        report.version, report.isa, report.numerics, report.batch
+    )?;
     writeln!(
         out,
         "| threads | test           |    tok/s |  slowest |  fastest |   rate | limit           | share |"
@@ -304,6 +310,7 @@ fn write_csv(report: &Report, out: &mut impl Write) -> Result<()> {
             ("resident_kib", pages.as_ref().map_or(String::new(), |p| p.resident.to_string())),
             ("huge_kib", pages.as_ref().map_or(String::new(), |p| p.huge().to_string())),
             ("isa", report.isa.to_owned()),
+            ("numerics", report.numerics.to_owned()),
             ("batch", report.batch.to_string()),
             ("threads", test.threads.to_string()),
             ("test", test.test.clone()),

@@ -4,6 +4,7 @@
 
 mod cli;
 mod model;
+mod numerics;
 mod pages;
 
 use std::error::Error;
@@ -12,6 +13,7 @@ use std::process::ExitCode;
 
 pub use cli::parse;
 pub use model::{LoadedModel, ModelSource, TemplateSource};
+pub use numerics::NumericsArg;
 pub use pages::Pages;
 
 /// With an error that is shown to the user as it is: one line.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mr_cli::Result;
-use mruntime::{GenerateOptions, Generated, Pool, Sampler, Session, StopReason, session_generate};
+use mruntime::{GenerateOptions, Generated, Numerics, Pool, Sampler, Session, StopReason, session_generate};
 use mruntime_text::{StreamDecoder, Tokenizer};
 
 /// Tokens of a prefill step: more would read the weights less often, but these keep the multipliers busy.
@@ -118,7 +118,7 @@ impl<'a> Answerer<'a> {
     }
 
     /// Tells on stderr how fast the answers came, if there were any.
-    pub fn print_speed(&self) {
+    pub fn print_speed(&self, numerics: Numerics) {
         let Totals { prefilled, prefill, cached, generated, decode_steps, decode } = self.totals;
         if prefilled == 0 {
             return;
@@ -131,6 +131,9 @@ impl<'a> Answerer<'a> {
         eprint!("; generation: {generated} tokens");
         if decode_steps > 0 {
             eprint!(", {:.1} tokens/s", rate(decode_steps, decode));
+        }
+        if numerics != Numerics::Exact {
+            eprint!("; {} numerics", numerics.name());
         }
         eprintln!();
     }

@@ -51,7 +51,9 @@ fn run(cli: &Cli) -> Result<()> {
     let limits = Limits { context: cli.context(&cfg), batch: answer::BATCH, threads: pool.threads() };
     let mut arenas = create_qwen2_arenas(&cfg, &limits)?;
     let kv = qwen2_init_kv_cache(&cfg, limits.context, &mut arenas.kv_cache.bump())?;
-    let scratch = qwen2_init_scratch(&cfg, &limits, isa, &mut arenas.scratch.bump())?;
+    let mut scratch = qwen2_init_scratch(&cfg, &limits, isa, &mut arenas.scratch.bump())?;
+    let numerics = cli.numerics.get(isa)?;
+    scratch.set_numerics(numerics);
     let sampling = cli.sampling(&defaults);
     let sampler = Sampler::new(sampling, cfg.vocab_size as usize, isa)?;
 
@@ -79,7 +81,7 @@ fn run(cli: &Cli) -> Result<()> {
             }
         }
     }
-    chat.answerer.print_speed();
+    chat.answerer.print_speed(numerics);
     if sampling.temperature != 0.0 && cli.seed.is_none() {
         eprintln!("seed: {}", sampling.seed);
     }

@@ -1,7 +1,7 @@
 //! The command line.
 
 use clap::Parser;
-use mr_cli::ModelSource;
+use mr_cli::{ModelSource, NumericsArg};
 use mruntime::{Digest, GenerationDefaults, Isa, Qwen2Config, Sampler, SamplingOptions};
 
 /// Longer contexts are the user's choice: the KV cache takes memory for each position.
@@ -62,6 +62,8 @@ pub struct Cli {
     /// Threads [default: all cores]
     #[arg(short, long, value_name = "N", value_parser = mr_cli::parse_threads)]
     pub threads: Option<usize>,
+    #[command(flatten)]
+    pub numerics: NumericsArg,
 }
 
 impl Cli {

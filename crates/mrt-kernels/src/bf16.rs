@@ -1,0 +1,183 @@
+//! The fast lane of AVX512-BF16: `vdpbf16ps` multiplies two pairs of BF16 numbers and adds both products to an f32.
+//!
+//! Weights that came from BF16 convert back without loss (FP16 holds them exactly, or rounded them once before);
+//! activations are rounded to BF16's 8 bits, as PyTorch does in BF16. A panel is converted once per block: rows k and
+//! k + 1 become one row of 32 pairs. Subnormal numbers count as zero, in and out: so the instruction is defined.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use crate::avx512::Lanes16;
+use crate::fast::{FastLhs, fast_stride};
+use crate::panel::{LANES, PANEL};
+use crate::product::{self, Epilogue, K_BLOCK, PanelSums, Rhs, start_from_bias};
+use crate::window::Window;
+
+/// Fewer rows are bound by memory: exact products are as fast.
+pub(crate) const LEAST_ROWS: usize = 8;
+
+/// Rows of the register tile, as in `avx512.rs`: 24 accumulators, two pairs of weights, activations broadcast from memory.
+const TILE_ROWS: usize = 12;
+
+pub(crate) fn is_detected() -> bool {
+    is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")
+}
+
+/// Rounds a row to BF16, nearest even, and fills it up with zero to an even length. Nothing is scaled: BF16 has f32's range.
+///
+/// # Safety
+/// The machine has AVX512-BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) unsafe fn pack_row(x: &[f32], out: &mut [u16]) -> f32 {
+    let (x16, x_rest) = x.as_chunks::<LANES>();
+    for (x, out) in x16.iter().zip(out.as_chunks_mut::<LANES>().0) {
+        // SAFETY: both chunks hold 16 elements.
+        unsafe {
+            let narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(x.as_ptr()));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(narrow));
+        }
+    }
+    let rest = x_rest.iter().map(|&x| bf16::from_f32(x).to_bits()).chain([0]);
+    out[x16.len() * LANES..].iter_mut().zip(rest).for_each(|(out, x)| *out = x);
+    1.0
+}
+
+/// See [`crate::fast_product`].
+///
+/// # Safety
+/// The machine has AVX512-BF16; [`product::check_product`] holds, and `lhs` is as long as it says.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma,f16c")]
+pub(crate) unsafe fn product(
+    lhs: FastLhs<'_>,
+    rhs: Rhs<'_>,
+    epilogue: Epilogue,
+    y: &mut Window<'_>,
+    scratch: &mut [f32],
+) {
+    // SAFETY: the same contract.
+    unsafe { product::product::<Lanes16>(&Bf16(lhs), rhs, epilogue, y, scratch) }
+}
+
+struct Bf16<'a>(FastLhs<'a>);
+
+impl PanelSums for Bf16<'_> {
+    #[inline(always)]
+    unsafe fn panel_sums(&self, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
+        let FastLhs { x, scales, k } = self.0;
+        let (rows, stride) = (scales.len(), fast_stride(k));
+        let tiles = rows.div_ceil(TILE_ROWS);
+        // SAFETY: the contract of the trait and of `product`. A block of 2 * K_BLOCK rows of the panel makes K_BLOCK rows
+        // of pairs, for which `wide` has room, 4 bytes a pair; rows first .. end are rows of `x`.
+        unsafe {
+            start_from_bias::<Lanes16>(panel, sums);
+            let panel = panel.as_ptr().add(PANEL);
+            let pairs = wide.as_mut_ptr().cast::<__m512i>();
+            for start in (0..k).step_by(2 * K_BLOCK) {
+                let block = (k - start).min(2 * K_BLOCK);
+                pair_up(panel.add(start * PANEL), block, pairs);
+                for t in 0..tiles {
+                    let (first, end) = (t * rows / tiles, (t + 1) * rows / tiles);
+                    let x = x.as_ptr().add(first * stride + start);
+                    let sums = sums.as_mut_ptr().add(first * PANEL);
+                    tile_rows(end - first, x, stride, block.div_ceil(2), pairs, sums);
+                }
+            }
+        }
+    }
+}
+
+/// Converts `block` rows of a panel to BF16, two at a time: element n of a row of pairs is (w[k][n], w[k + 1][n]).
+///
+/// # Safety
+/// The machine has AVX512-BF16; `panel` has `block` rows, `pairs` room for half as many, rounded up, of two vectors.
+#[inline(always)]
+unsafe fn pair_up(panel: *const f16, block: usize, pairs: *mut __m512i) {
+    // SAFETY: the contract above; i < block.
+    unsafe {
+        // Lane n of the result takes element n of the first half, then of the second.
+        let order = _mm512_add_epi16(
+            _mm512_set1_epi32(16 << 16),
+            _mm512_mullo_epi32(
+                _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                _mm512_set1_epi32(0x1_0001),
+            ),
+        );
+        for i in (0..block).step_by(2) {
+            for g in 0..2 {
+                let row = panel.add(i * PANEL + g * LANES);
+                let first = _mm512_cvtph_ps(_mm256_loadu_si256(row.cast()));
+                let second = if i + 1 < block {
+                    _mm512_cvtph_ps(_mm256_loadu_si256(row.add(PANEL).cast()))
+                } else {
+                    _mm512_setzero_ps()
+                };
+                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
+                _mm512_storeu_si512(pairs.add(i + g), _mm512_permutexvar_epi16(order, both));
+            }
+        }
+    }
+}
+
+/// [`tile`] with a height known only at run time, at most [`TILE_ROWS`].
+///
+/// # Safety
+/// As `tile`, for that many rows.
+#[inline(always)]
+unsafe fn tile_rows(
+    rows: usize,
+    x: *const u16,
+    stride: usize,
+    pairs: usize,
+    b: *const __m512i,
+    sums: *mut f32,
+) {
+    macro_rules! heights {
+        ($($r:literal)+) => {
+            match rows {
+                // SAFETY: the same contract.
+                $($r => unsafe { tile::<$r>(x, stride, pairs, b, sums) },)+
+                _ => unreachable!("a tile of {rows} rows"),
+            }
+        };
+    }
+    heights!(1 2 3 4 5 6 7 8 9 10 11 12)
+}
+
+/// The register tile: adds the products of `pairs` pairs of inputs to `R` rows of 32 sums.
+///
+/// # Safety
+/// The machine has AVX512-BF16; `x` has `R` rows of `2 * pairs` elements, `stride` apart; `b` has `pairs` rows of two
+/// vectors; `sums` has `R` rows of `PANEL` elements.
+#[inline(always)]
+unsafe fn tile<const R: usize>(
+    x: *const u16,
+    stride: usize,
+    pairs: usize,
+    b: *const __m512i,
+    sums: *mut f32,
+) {
+    // SAFETY: the contract above; r < R, i < pairs.
+    unsafe {
+        let mut acc = [[_mm512_setzero_ps(); 2]; R];
+        for (r, row) in acc.iter_mut().enumerate() {
+            *row = [0, LANES].map(|at| _mm512_loadu_ps(sums.add(r * PANEL + at)));
+        }
+        for i in 0..pairs {
+            let w: [__m512bh; 2] = [0, 1]
+                .map(|g| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(2 * i + g))));
+            for (r, row) in acc.iter_mut().enumerate() {
+                let pair = x.add(r * stride + 2 * i).cast::<i32>().read_unaligned();
+                let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair));
+                for (sum, w) in row.iter_mut().zip(w) {
+                    *sum = _mm512_dpbf16_ps(*sum, pair, w);
+                }
+            }
+        }
+        for (r, row) in acc.iter().enumerate() {
+            for (sum, at) in row.iter().zip([0, LANES]) {
+                _mm512_storeu_ps(sums.add(r * PANEL + at), *sum);
+            }
+        }
+    }
+}
