@@ -184,7 +184,7 @@ const DIR_CONFIG: Qwen2Config = Qwen2Config {
     tie_word_embeddings: true,
 };
 
-/// A safetensors file that fits [`DIR_CONFIG`].
+/// A safetensors file that fits `DIR_CONFIG`.
 pub fn valid_safetensors() -> Vec<u8> {
     let (mut header, mut data) = (json!({}), Vec::new());
     for tensor in qwen2_source_tensors(&DIR_CONFIG) {
@@ -197,7 +197,7 @@ pub fn valid_safetensors() -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()
 }
 
-/// A config.json that says [`DIR_CONFIG`].
+/// A config.json that says `DIR_CONFIG`.
 pub fn valid_config_json() -> Vec<u8> {
     let cfg = &DIR_CONFIG;
     let config = json!({

@@ -10,6 +10,7 @@ use half::{bf16, f16};
 
 use crate::avx512::Lanes16;
 use crate::fast::{FastLhs, fast_stride};
+use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL};
 use crate::product::{self, Epilogue, K_BLOCK, PanelSums, Rhs, start_from_bias};
 use crate::window::Window;
@@ -76,11 +77,12 @@ impl PanelSums for Bf16<'_> {
             for start in (0..k).step_by(2 * K_BLOCK) {
                 let block = (k - start).min(2 * K_BLOCK);
                 pair_up(panel.add(start * PANEL), block, pairs);
+                let ahead = panel.wrapping_add((start + block) * PANEL);
                 for t in 0..tiles {
                     let (first, end) = (t * rows / tiles, (t + 1) * rows / tiles);
                     let x = x.as_ptr().add(first * stride + start);
                     let sums = sums.as_mut_ptr().add(first * PANEL);
-                    tile_rows(end - first, x, stride, block.div_ceil(2), pairs, sums);
+                    tile_rows(end - first, x, stride, block.div_ceil(2), pairs, ahead, sums);
                 }
             }
         }
@@ -130,13 +132,14 @@ unsafe fn tile_rows(
     stride: usize,
     pairs: usize,
     b: *const __m512i,
+    ahead: *const f16,
     sums: *mut f32,
 ) {
     macro_rules! heights {
         ($($r:literal)+) => {
             match rows {
                 // SAFETY: the same contract.
-                $($r => unsafe { tile::<$r>(x, stride, pairs, b, sums) },)+
+                $($r => unsafe { tile::<$r>(x, stride, pairs, b, ahead, sums) },)+
                 _ => unreachable!("a tile of {rows} rows"),
             }
         };
@@ -144,7 +147,8 @@ unsafe fn tile_rows(
     heights!(1 2 3 4 5 6 7 8 9 10 11 12)
 }
 
-/// The register tile: adds the products of `pairs` pairs of inputs to `R` rows of 32 sums.
+/// The register tile: adds the products of `pairs` pairs of inputs to `R` rows of 32 sums, and prefetches as many rows of a
+/// panel at `ahead`, any address.
 ///
 /// # Safety
 /// The machine has AVX512-BF16; `x` has `R` rows of `2 * pairs` elements, `stride` apart; `b` has `pairs` rows of two
@@ -155,6 +159,7 @@ unsafe fn tile<const R: usize>(
     stride: usize,
     pairs: usize,
     b: *const __m512i,
+    ahead: *const f16,
     sums: *mut f32,
 ) {
     // SAFETY: the contract above; r < R, i < pairs.
@@ -164,6 +169,8 @@ unsafe fn tile<const R: usize>(
             *row = [0, LANES].map(|at| _mm512_loadu_ps(sums.add(r * PANEL + at)));
         }
         for i in 0..pairs {
+            Lanes16::prefetch_l2(ahead.wrapping_add(2 * i * PANEL).cast());
+            Lanes16::prefetch_l2(ahead.wrapping_add((2 * i + 1) * PANEL).cast());
             let w: [__m512bh; 2] = [0, 1]
                 .map(|g| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(2 * i + g))));
             for (r, row) in acc.iter_mut().enumerate() {

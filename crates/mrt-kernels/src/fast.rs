@@ -5,7 +5,9 @@
 //! For one lane and the same batches the result still depends on nothing else, not on the number of threads either; other
 //! batches may give other bits, because a lane leaves numbers of rows at which it gains nothing to the exact products.
 
-use crate::isa::{Isa, Kind};
+#![cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is no lane yet"))]
+
+use crate::isa::Isa;
 use crate::panel::panel_count;
 use crate::product::{Epilogue, Rhs, check_product};
 use crate::window::Window;
@@ -51,7 +53,7 @@ impl FastLane {
     pub fn detect(isa: Isa) -> Option<FastLane> {
         match isa.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 if crate::bf16::is_detected() => Some(FastLane(Lane::Bf16)),
+            crate::isa::Kind::Avx512 if crate::bf16::is_detected() => Some(FastLane(Lane::Bf16)),
             _ => None,
         }
     }

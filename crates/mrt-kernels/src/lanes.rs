@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use crate::panel::LANES;
+use crate::panel::{LANES, PANEL};
 
 /// The largest finite FP16 number. What goes into the KV cache is clamped to it, so that an outlier saturates
 /// instead of becoming an infinity.
@@ -66,6 +66,10 @@ pub(crate) trait Lanes: Copy {
     /// Hints that the cache line at `p`, any address, will be read soon.
     #[inline(always)]
     fn prefetch(_p: *const u8) {}
+
+    /// Hints that the cache line at `p`, any address, will be read later: the L2 cache is near enough.
+    #[inline(always)]
+    fn prefetch_l2(_p: *const u8) {}
 
     /// Adds the products of one input to the `R` rows of `16 * G` sums of a register tile.
     /// # Safety
@@ -137,13 +141,11 @@ pub(crate) trait Element: Copy {
     /// # Safety
     /// As `Lanes::load`.
     unsafe fn lanes<L: Lanes>(p: *const Self) -> L;
-    /// Hints what will be read soon, when `p` is read now.
-    fn prefetch<L: Lanes>(p: *const Self);
+    /// Elements from one row of a right-hand side to the next, for tiles of `groups` vectors.
+    fn stride(groups: usize) -> usize;
+    /// Hints that the row of a panel at `p`, any address, will be read when a tile over elements of this type is there.
+    fn prefetch<L: Lanes>(p: *const f16);
 }
-
-/// How far ahead FP16 panels, which come from memory, are fetched: 64 rows. One thread's GEMV reaches 29.5 GB/s so on
-/// Zen 4, 27 with a quarter of the distance and 28.5 with four times; Zen 3 was indifferent from 8 rows on.
-const PREFETCH_BYTES: usize = 4096;
 
 impl Element for f32 {
     #[inline(always)]
@@ -151,9 +153,16 @@ impl Element for f32 {
         // SAFETY: the same contract.
         unsafe { L::load(p) }
     }
-    /// Widened blocks are in a cache.
+    /// Blocks are widened into the shape of the tile.
     #[inline(always)]
-    fn prefetch<L: Lanes>(_p: *const f32) {}
+    fn stride(groups: usize) -> usize {
+        groups * LANES
+    }
+    /// The panel is widened after all tiles of this block.
+    #[inline(always)]
+    fn prefetch<L: Lanes>(p: *const f16) {
+        L::prefetch_l2(p.cast());
+    }
 }
 
 impl Element for f16 {
@@ -163,8 +172,12 @@ impl Element for f16 {
         unsafe { L::widen(p) }
     }
     #[inline(always)]
+    fn stride(_groups: usize) -> usize {
+        PANEL
+    }
+    #[inline(always)]
     fn prefetch<L: Lanes>(p: *const f16) {
-        L::prefetch(p.cast::<u8>().wrapping_add(PREFETCH_BYTES));
+        L::prefetch(p.cast());
     }
 }
 
