@@ -14,7 +14,7 @@ use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 
 use crate::cold_child::{self, Run, Task, parse_prefault};
-use crate::machine::Machine;
+use crate::machine::Origin;
 use crate::sparse::{parse_shape, write_sparse};
 
 /// Measure a cold start: a fresh process to its first token, stage by stage
@@ -80,8 +80,8 @@ struct Measurement {
 
 #[derive(Serialize)]
 struct Report {
-    machine: Machine,
-    version: &'static str,
+    #[serde(flatten)]
+    origin: Origin,
     threads: usize,
     prefault: String,
     measurements: Vec<Measurement>,
@@ -115,13 +115,7 @@ pub fn run(args: ColdArgs) -> Result<()> {
         measurements.push(bench.measure(name, file.path(), 0, None)?);
     }
 
-    let report = Report {
-        machine: Machine::this(),
-        version: env!("CARGO_PKG_VERSION"),
-        threads,
-        prefault: bench.prefault,
-        measurements,
-    };
+    let report = Report { origin: Origin::now(), threads, prefault: bench.prefault, measurements };
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
@@ -234,13 +228,8 @@ impl Cache {
 }
 
 fn write_table(report: &Report, out: &mut impl Write) -> Result<()> {
-    let Machine { cpu, cores, os, arch, .. } = &report.machine;
-    writeln!(out, "machine   {cpu}, {cores} cores, {os} {arch}")?;
-    writeln!(
-        out,
-        "mr-bench  {}, {} threads, prefault {}\n",
-        report.version, report.threads, report.prefault
-    )?;
+    report.origin.write(out)?;
+    writeln!(out, "process   {} threads, prefault {}\n", report.threads, report.prefault)?;
     let columns = &report.measurements;
     let mut row = |name: &str, cell: &dyn Fn(&Measurement) -> String| -> Result<()> {
         write!(out, "| {name:<26} |")?;

@@ -5,8 +5,8 @@ use std::path::Path;
 use clap::Args;
 use mr_cli::{NumericsArg, Result};
 use mruntime::{
-    Isa, KvCache, Limits, Numerics, Pool, Qwen2Arenas, Qwen2Config, Qwen2Weights, Scratch, qwen2_forward,
-    qwen2_init_kv_cache, qwen2_init_scratch,
+    Isa, KvCache, Limits, Numerics, Observation, Pool, Qwen2Arenas, Qwen2Config, Qwen2Weights, Scratch,
+    qwen2_forward, qwen2_forward_observed, qwen2_init_kv_cache, qwen2_init_scratch,
 };
 
 /// How to run the model, whatever is measured.
@@ -76,6 +76,18 @@ impl<'a> Inference<'a> {
     /// [`qwen2_forward`].
     pub fn forward(&mut self, tokens: &[u32], logits: &mut [f32], pool: &mut Pool) -> Result<()> {
         Ok(qwen2_forward(&self.cfg, &self.weights, &mut self.kv, &mut self.scratch, tokens, logits, pool)?)
+    }
+
+    /// [`qwen2_forward_observed`].
+    pub fn forward_observed(
+        &mut self,
+        tokens: &[u32],
+        logits: &mut [f32],
+        pool: &mut Pool,
+        observe: impl FnMut(Observation<'_>),
+    ) -> Result<()> {
+        let Inference { cfg, weights, kv, scratch } = self;
+        Ok(qwen2_forward_observed(cfg, weights, kv, scratch, tokens, logits, pool, observe)?)
     }
 }
 

@@ -1,8 +1,7 @@
 //! `mr-bench logits`: what the model makes of given token ids, as numbers for other programs.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::PathBuf;
 
 use clap::Args;
 use mr_cli::{ModelSource, Result};
@@ -10,6 +9,7 @@ use mruntime::{Limits, OpenOptions, Pool, create_qwen2_arenas};
 use serde_json::json;
 
 use crate::inference::{Inference, RunArgs, read_tokens};
+use crate::output::write_whole;
 
 /// Write the logits of given token ids: raw little-endian f32, vocab_size of them for each position
 #[derive(Args)]
@@ -79,30 +79,5 @@ pub fn run(args: LogitsArgs) -> Result<()> {
             numerics.name()
         )?;
     }
-    Ok(())
-}
-
-/// Writes a file under a temporary name beside its own, which it gets when all is written.
-fn write_whole(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> Result<()>) -> Result<()> {
-    let failed = |e: io::Error| format!("{}: cannot be written: {e}", path.display());
-    // A link stays a link.
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    if real.exists() && !real.is_file() {
-        return Err(failed(io::Error::other("not a regular file")).into());
-    }
-    let parent = real.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // The usual permissions of a new file, not those of a private temporary one.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let temp = builder.prefix(".logits.").tempfile_in(parent).map_err(failed)?;
-    let mut out = BufWriter::new(temp.as_file());
-    write(&mut out).map_err(|error| match error.downcast() {
-        Ok(error) => failed(*error).into(),
-        Err(other) => other,
-    })?;
-    out.flush().map_err(failed)?;
-    drop(out);
-    temp.persist(&real).map_err(|e| failed(e.error))?;
     Ok(())
 }

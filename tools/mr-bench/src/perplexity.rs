@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 use indicatif::{ProgressBar, ProgressStyle};
-use mr_cli::{ModelSource, Result};
-use mruntime::{Chunks, Limits, OpenOptions, Pool, create_qwen2_arenas};
+use mr_cli::{LoadedModel, ModelSource, Result};
+use mruntime::{Chunks, Limits, OpenOptions, Pool, Qwen2Config, create_qwen2_arenas};
 use mruntime_text::SpecialTokens;
 use serde_json::json;
 
@@ -23,7 +23,7 @@ const DEFAULT_WINDOW: usize = 4096;
 #[command(group = ArgGroup::new("text").required(true))]
 pub struct PerplexityArgs {
     #[command(flatten)]
-    model: ModelSource,
+    pub model: ModelSource,
     /// UTF-8 text; special tokens in it (<|endoftext|>) are taken as such
     #[arg(short, long, value_name = "TEXT", group = "text")]
     file: Option<PathBuf>,
@@ -35,12 +35,36 @@ pub struct PerplexityArgs {
     ctx: Option<u32>,
     /// Tokens of a forward pass; the result is the same with any number
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = mr_cli::parse_count)]
-    batch: usize,
+    pub batch: usize,
     #[command(flatten)]
-    run: RunArgs,
+    pub run: RunArgs,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub json: bool,
+}
+
+impl PerplexityArgs {
+    /// The text, as tokens: at least two.
+    pub fn tokens(&self, model: &LoadedModel) -> Result<Vec<u32>> {
+        let tokens = match (&self.file, &self.tokens) {
+            (Some(path), _) => {
+                let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+                model.tokenizer()?.encode(&text, SpecialTokens::Parse)?
+            }
+            (None, Some(path)) => read_tokens(path, model.config().vocab_size)?,
+            (None, None) => unreachable!("clap asks for one"),
+        };
+        match tokens.len() {
+            n @ 0..2 => Err(format!("the text has {n} tokens; a prediction needs at least 2").into()),
+            _ => Ok(tokens),
+        }
+    }
+
+    /// Tokens of a window.
+    pub fn window(&self, cfg: &Qwen2Config) -> usize {
+        let longest = (cfg.max_position_embeddings as usize).min(DEFAULT_WINDOW);
+        self.ctx.map_or(longest, |n| n as usize)
+    }
 }
 
 /// Runs the subcommand.
@@ -48,19 +72,8 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     let mut pool = Pool::new(args.run.threads.unwrap_or_else(mr_cli::all_cores))?;
     let model = args.model.open(&OpenOptions::default(), &mut pool)?;
     let cfg = model.config();
-    let tokens = match (&args.file, &args.tokens) {
-        (Some(path), _) => {
-            let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            model.tokenizer()?.encode(&text, SpecialTokens::Parse)?
-        }
-        (None, Some(path)) => read_tokens(path, cfg.vocab_size)?,
-        (None, None) => unreachable!("clap asks for one"),
-    };
-    if tokens.len() < 2 {
-        return Err(format!("the text has {} tokens; a prediction needs at least 2", tokens.len()).into());
-    }
-    let longest = (cfg.max_position_embeddings as usize).min(DEFAULT_WINDOW);
-    let window = args.ctx.map_or(longest, |n| n as usize);
+    let tokens = args.tokens(&model)?;
+    let window = args.window(cfg);
     let (isa, numerics) = (args.run.isa.get(), args.run.isa.numerics()?);
     let limits = Limits { context: window, batch: args.batch.min(window), threads: pool.threads() };
     let mut arenas = create_qwen2_arenas(cfg, &limits)?;
@@ -116,14 +129,14 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
 }
 
 /// `-ln softmax(logits)[target]`, in nats: log-sum-exp less the target's logit.
-fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
+pub fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
     sum.ln() + max - f64::from(logits[target as usize])
 }
 
 /// On a terminal only, which indicatif sees to.
-fn progress_bar(tokens: u64) -> ProgressBar {
+pub fn progress_bar(tokens: u64) -> ProgressBar {
     let style = "{bar:30} {pos}/{len} tokens, {per_sec}, ETA {eta}, perplexity {msg}";
     ProgressBar::new(tokens).with_style(ProgressStyle::with_template(style).expect("a valid template"))
 }

@@ -1,4 +1,4 @@
-//! What this machine can do at best, measured here and now: how fast it reads memory, and its f32 FMA peak.
+//! `mr-bench roofline`: what this machine can do at best, measured here and now: how fast it reads memory, and its f32 FMA peak.
 //!
 //! Decoding reads every weight once a token, so the read bandwidth bounds it; prefill multiplies, so the peak does.
 
@@ -6,9 +6,14 @@ use std::hint::black_box;
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
+use clap::Args;
+use mr_cli::Result;
 use mrt_kernels::{Isa, fma_peak, read_peak};
-use mruntime::{Arena, Error, Pool, aligned_bytes};
+use mruntime::{Arena, Numerics, Pool, aligned_bytes};
 use serde::Serialize;
+use serde_json::json;
+
+use crate::machine::Origin;
 
 /// What is read in one pass, 1 GiB: far more than any cache holds, as a model is.
 const READ_LEN: usize = 1 << 28;
@@ -18,6 +23,38 @@ const FMA_ROUNDS: u64 = 1 << 22;
 
 /// Passes go on for this long, and there are at least three.
 const TIME: Duration = Duration::from_secs(1);
+
+/// Measure this machine's read bandwidth and f32 FMA peak, the limits of decoding and prefill
+#[derive(Args)]
+pub struct RooflineArgs {
+    /// Numbers of threads [default: 1 and all cores]
+    #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = mr_cli::parse_threads)]
+    threads: Vec<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+pub fn run(args: RooflineArgs) -> Result<()> {
+    let mut threads = args.threads;
+    if threads.is_empty() {
+        threads = vec![1, mr_cli::all_cores()];
+        threads.dedup();
+    }
+    let (origin, rooflines) = (Origin::now(), measure(&threads)?);
+    let mut out = io::stdout().lock();
+    if args.json {
+        let mut report = serde_json::to_value(&origin)?;
+        report["roofline"] = json!(rooflines);
+        writeln!(out, "{report}")?;
+    } else {
+        origin.write(&mut out)?;
+        writeln!(out)?;
+        write_table(&rooflines, &mut out)?;
+    }
+    Ok(())
+}
 
 /// The limits at one number of threads.
 #[derive(Serialize)]
@@ -49,11 +86,28 @@ pub struct Rate {
     pub median: f64,
 }
 
+/// What bounds an operation, per second.
+pub struct Limit {
+    pub bytes_s: f64,
+    pub flop_s: f64,
+}
+
+impl Roofline {
+    /// What bounds products; none where the peak is not measured, as that of the fast lane.
+    pub fn limit(&self, isa: Isa, numerics: Numerics) -> Option<Limit> {
+        if numerics != Numerics::Exact {
+            return None;
+        }
+        let peak = self.fma_gflop_s.iter().find(|peak| peak.isa == isa.name())?;
+        Some(Limit { bytes_s: 1e9 * self.read_gb_s.median, flop_s: 1e9 * peak.rate.median })
+    }
+}
+
 /// Measures the limits for each number of threads.
 ///
 /// # Errors
 /// When the memory or a thread cannot be had.
-pub fn measure(threads: &[usize]) -> Result<Vec<Roofline>, Error> {
+pub fn measure(threads: &[usize]) -> Result<Vec<Roofline>> {
     let mut arena = Arena::new(aligned_bytes::<f32>(READ_LEN))?;
     let memory = arena.bump().alloc::<f32>(READ_LEN)?;
     // Pages come into being when they are first written.
@@ -73,7 +127,7 @@ pub fn measure(threads: &[usize]) -> Result<Vec<Roofline>, Error> {
 }
 
 /// Writes the limits as a table.
-pub fn write_table(rooflines: &[Roofline], out: &mut impl Write) -> io::Result<()> {
+fn write_table(rooflines: &[Roofline], out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "threads  limit                 unit       best    median")?;
     let mut row = |threads, limit: &str, unit, rate: &Rate| {
         writeln!(out, "{threads:>7}  {limit:<20}  {unit:<7}  {:>6.1}    {:>6.1}", rate.best, rate.median)

@@ -1,15 +1,19 @@
 //! `mr-bench speed`: tokens a second, beside what this machine's memory and multipliers allow.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use mr_cli::{ModelSource, Pages, Result};
 use mruntime::{Backing, Limits, OpenOptions, Pool, create_qwen2_arenas};
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::inference::{Inference, IsaArg};
-use crate::machine::Machine;
+use crate::machine::Origin;
+use crate::output::write_whole;
+use crate::profile::{self, Operation, Recorder};
 use crate::roofline::{self, Roofline};
 use crate::work::{decode_bytes, prefill_flops};
 
@@ -45,11 +49,17 @@ pub struct SpeedArgs {
     /// Where the weights of FILE.mrt are [default: map]
     #[arg(long, value_name = "map|read", conflicts_with = "model_dir", value_parser = parse_backing)]
     backing: Option<Backing>,
+    /// Repeat each test with a look at each operation: calls, time, bytes, FLOPs, share of its limit
+    #[arg(long)]
+    profile: bool,
+    /// Repeat each test once and write when which operation ran, in Chrome's trace format (for ui.perfetto.dev)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long, conflicts_with = "csv")]
     json: bool,
     /// Print comma-separated values, one line a test
-    #[arg(long)]
+    #[arg(long, conflicts_with = "profile")]
     csv: bool,
 }
 
@@ -74,10 +84,13 @@ struct Measurement {
     /// Work a second at the median: GFLOP/s for prefill, GB/s for decoding.
     rate: f64,
     unit: &'static str,
-    /// What the machine can do, in the same unit; none for an instruction set whose peak is not measured.
+    /// What the machine can do, in the same unit; none where the peak is not measured.
     limit: Option<f64>,
     /// `rate / limit`
     share: Option<f64>,
+    /// Of as many repetitions more; empty unless asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    profile: Vec<Operation>,
 }
 
 /// Of several repetitions.
@@ -90,8 +103,8 @@ struct Spread {
 
 #[derive(Serialize)]
 struct Report {
-    machine: Machine,
-    version: &'static str,
+    #[serde(flatten)]
+    origin: Origin,
     model: String,
     weight_bytes: u64,
     backing: &'static str,
@@ -128,7 +141,8 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     let tokens: Vec<u32> = (0..context as u32).map(|i| random_token(i, cfg.vocab_size)).collect();
     let mut logits = vec![0.0; cfg.vocab_size as usize];
 
-    let (mut rooflines, mut tests) = (Vec::new(), Vec::new());
+    let origin = Origin::now();
+    let (mut rooflines, mut tests, mut events) = (Vec::new(), Vec::new(), Vec::new());
     for &threads in &threads {
         let roofline = roofline::measure(&[threads])?.remove(0);
         pool.set_threads(threads);
@@ -143,13 +157,8 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                     inference.kv.truncate(depth);
                     let tokens = &tokens[depth..depth + kind.tokens()];
                     let start = Instant::now();
-                    match kind {
-                        Kind::Prefill(_) => inference.forward(tokens, &mut logits, &mut pool)?,
-                        Kind::Decode(_) => {
-                            for token in tokens.chunks(1) {
-                                inference.forward(token, &mut logits, &mut pool)?;
-                            }
-                        }
+                    for step in kind.steps(tokens) {
+                        inference.forward(step, &mut logits, &mut pool)?;
                     }
                     // The first one warms up.
                     if repetition > 0 {
@@ -158,20 +167,43 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                 }
                 let (work, unit, limit) = match kind {
                     Kind::Prefill(n) => {
-                        let peak = roofline.fma_gflop_s.iter().find(|peak| peak.isa == isa.name());
-                        (prefill_flops(cfg, depth, n), "GFLOP/s", peak.map(|peak| peak.rate.median))
+                        let peak = roofline.limit(isa, numerics).map(|limit| limit.flop_s / 1e9);
+                        (prefill_flops(cfg, depth, n), "GFLOP/s", peak)
                     }
                     Kind::Decode(n) => (decode_bytes(cfg, depth, n), "GB/s", Some(roofline.read_gb_s.median)),
                 };
-                tests.push(Measurement::new(kind, depth, threads, seconds, work / 1e9, unit, limit));
+                let mut test = Measurement::new(kind, depth, threads, seconds, work / 1e9, unit, limit);
+                let mut record = |repetitions| -> Result<Recorder> {
+                    let mut recorder = Recorder::new();
+                    for _ in 0..repetitions {
+                        inference.kv.truncate(depth);
+                        for step in kind.steps(&tokens[depth..depth + kind.tokens()]) {
+                            recorder.begin();
+                            inference
+                                .forward_observed(step, &mut logits, &mut pool, |o| recorder.observe(o))?;
+                        }
+                    }
+                    Ok(recorder)
+                };
+                if args.profile {
+                    let spans = record(args.repetitions)?.spans;
+                    test.profile = profile::operations(&spans, cfg, roofline.limit(isa, numerics).as_ref());
+                }
+                if args.trace.is_some() {
+                    let name = format!("{}, {threads} threads", test.test);
+                    events.extend(profile::trace_events(&name, tests.len(), &record(1)?.spans));
+                }
+                tests.push(test);
             }
         }
         rooflines.push(roofline);
     }
 
+    if let Some(path) = &args.trace {
+        write_trace(path, events)?;
+    }
     let report = Report {
-        machine: Machine::this(),
-        version: env!("CARGO_PKG_VERSION"),
+        origin,
         model: model.name(),
         weight_bytes: model.arena().len() as u64,
         backing: model.backing(),
@@ -201,7 +233,21 @@ fn parse_backing(name: &str) -> std::result::Result<Backing, &'static str> {
     }
 }
 
+/// Chrome's trace format: an object with the events.
+fn write_trace(path: &Path, events: Vec<Value>) -> Result<()> {
+    let text = json!({ "traceEvents": events, "displayTimeUnit": "ms" }).to_string();
+    write_whole(path, |out| Ok(out.write_all(text.as_bytes())?))
+}
+
 impl Kind {
+    /// The forward passes: one for all tokens, or one for each.
+    fn steps(self, tokens: &[u32]) -> std::slice::Chunks<'_, u32> {
+        match self {
+            Kind::Prefill(n) => tokens.chunks(n),
+            Kind::Decode(_) => tokens.chunks(1),
+        }
+    }
+
     fn tokens(self) -> usize {
         match self {
             Kind::Prefill(n) | Kind::Decode(n) => n,
@@ -245,6 +291,7 @@ impl Measurement {
             unit,
             limit,
             share: limit.map(|limit| rate / limit),
+            profile: Vec::new(),
         }
     }
 }
@@ -255,8 +302,8 @@ pub fn random_token(i: u32, vocab: u32) -> u32 {
 }
 
 fn write_table(report: &Report, out: &mut impl Write) -> Result<()> {
-    let Report { machine, pages, .. } = report;
-    writeln!(out, "machine   {}, {} cores, {} {}", machine.cpu, machine.cores, machine.os, machine.arch)?;
+    let Report { pages, .. } = report;
+    report.origin.write(out)?;
     let mut backing = report.backing.to_owned();
     if let Some(pages) = pages {
         backing +=
@@ -268,11 +315,8 @@ fn write_table(report: &Report, out: &mut impl Write) -> Result<()> {
         report.model,
         report.weight_bytes / 1_000_000
     )?;
-    writeln!(
-        out,
-        "mr-bench  {}, {}, {} numerics, batch {}\n",
-        report.version, report.isa, report.numerics, report.batch
-    )?;
+    let Report { isa, numerics, batch, .. } = report;
+    writeln!(out, "run with  {isa}, {numerics} numerics, batch {batch}\n")?;
     writeln!(
         out,
         "| threads | test           |    tok/s |  slowest |  fastest |   rate | limit           | share |"
@@ -291,19 +335,26 @@ fn write_table(report: &Report, out: &mut impl Write) -> Result<()> {
             test.threads, test.test, test.rate
         )?;
     }
+    for test in report.tests.iter().filter(|test| !test.profile.is_empty()) {
+        profile::write_table(&format!("{}, {} threads", test.test, test.threads), &test.profile, out)?;
+    }
     Ok(())
 }
 
 fn write_csv(report: &Report, out: &mut impl Write) -> Result<()> {
     let number = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());
-    let Report { machine, pages, .. } = report;
+    let Report { origin: Origin { machine, version, commit, date }, pages, .. } = report;
     for (i, test) in report.tests.iter().enumerate() {
         let columns = [
             ("cpu", machine.cpu.clone()),
             ("cores", machine.cores.to_string()),
             ("os", machine.os.to_owned()),
             ("arch", machine.arch.to_owned()),
-            ("version", report.version.to_owned()),
+            ("kernel", machine.kernel.clone()),
+            ("huge_pages", machine.huge_pages.clone()),
+            ("version", (*version).to_owned()),
+            ("commit", commit.unwrap_or_default().to_owned()),
+            ("date", date.clone()),
             ("model", report.model.clone()),
             ("weight_bytes", report.weight_bytes.to_string()),
             ("backing", report.backing.to_owned()),

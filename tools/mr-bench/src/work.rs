@@ -1,6 +1,39 @@
 //! How much work a forward pass is, by the config alone.
 
-use mruntime::Qwen2Config;
+use mruntime::{Qwen2Config, Stage};
+
+/// What one operation must do at least.
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+pub struct Work {
+    /// Bytes of weights and KV cache to be read, each once.
+    pub bytes: f64,
+    /// Floating-point operations of products, two per multiply-add.
+    pub flops: f64,
+}
+
+/// The work of one operation on `tokens` tokens from `position` on: none for operations on rows, which are no products.
+pub fn stage_work(cfg: &Qwen2Config, stage: Stage, position: usize, tokens: usize) -> Work {
+    let layout = mrt_format::qwen2_weights_layout(cfg);
+    let (hidden, mlp, heads) =
+        (cfg.hidden_size as usize, cfg.intermediate_size as usize, cfg.attention_width());
+    let product = |span: mrt_format::Span, inputs: usize, outputs: usize| Work {
+        bytes: span.bytes as f64,
+        flops: 2.0 * (inputs * outputs * tokens) as f64,
+    };
+    match stage {
+        Stage::Qkv => product(layout.layer0.qkv, hidden, cfg.qkv_columns()),
+        Stage::AttnOut => product(layout.layer0.attn_out, heads, hidden),
+        Stage::GateUp => product(layout.layer0.gate_up, hidden, 2 * mlp),
+        Stage::Down => product(layout.layer0.down, mlp, hidden),
+        Stage::LmHead => product(layout.lm_head, hidden, cfg.vocab_size as usize),
+        Stage::Attention => Work {
+            bytes: (2 * size_of::<u16>() * (cfg.num_kv_heads * cfg.head_dim) as usize * (position + tokens))
+                as f64,
+            flops: 4.0 * heads as f64 * positions_read(position, tokens),
+        },
+        Stage::Embed | Stage::AttnNorm | Stage::Rope | Stage::MlpNorm | Stage::FinalNorm => Work::default(),
+    }
+}
 
 /// Floating-point operations of a prefill of `tokens` tokens after `depth` others, two per multiply-add: all products,
 /// attention over the positions that each token sees, and the LM head for the last token.
@@ -55,6 +88,29 @@ mod tests {
         let attention = |positions: f64| 24.0 * 14.0 * 64.0 * 2.0 * positions;
         assert_eq!(prefill_flops(&CFG, 0, 1), 2.0 * (matrices + attention(1.0)));
         assert_eq!(prefill_flops(&CFG, 99, 1), 2.0 * (matrices + attention(100.0)));
+    }
+
+    /// The work of all operations of a forward pass that gives the logits of the last token.
+    fn pass(position: usize, tokens: usize) -> Work {
+        let layers =
+            [Stage::Embed, Stage::AttnNorm, Stage::Qkv, Stage::Rope, Stage::Attention, Stage::AttnOut]
+                .into_iter()
+                .chain([Stage::MlpNorm, Stage::GateUp, Stage::Down])
+                .map(|stage| stage_work(&CFG, stage, position, tokens));
+        let (mut bytes, mut flops) = (0.0, 0.0);
+        for work in layers {
+            (bytes, flops) = (bytes + 24.0 * work.bytes, flops + 24.0 * work.flops);
+        }
+        let lm_head = stage_work(&CFG, Stage::LmHead, position + tokens - 1, 1);
+        Work { bytes: bytes + lm_head.bytes, flops: flops + lm_head.flops }
+    }
+
+    #[test]
+    fn the_operations_make_up_the_pass() {
+        assert_eq!(pass(1000, 512).flops, prefill_flops(&CFG, 1000, 512));
+        // The norms, 49 of 896 FP16 weights, are all that is missing.
+        let (bytes, norms) = (decode_bytes(&CFG, 1000, 1), 49.0 * 896.0 * 2.0);
+        assert!((bytes - norms - pass(1000, 1).bytes).abs() < 49.0 * 64.0, "{bytes}");
     }
 
     #[test]

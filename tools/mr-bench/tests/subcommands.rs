@@ -345,3 +345,39 @@ fn a_closed_pipe_ends_it_quietly() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
 }
+
+#[test]
+fn every_operation_is_profiled_and_traced() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace.json");
+    let model = TinyModel::named("untied");
+    let (cfg, _) = model.load();
+    let args = ["speed", "--model-dir", text(&model.dir), "-p", "5", "-n", "3", "-t", "2", "-r", "2"];
+    let result = json(&[&args[..], &["--json", "--profile", "--trace", text(&trace)]].concat());
+    let once = ["embed", "final_norm", "lm_head"];
+    for (test, passes) in result["tests"].as_array().unwrap().iter().zip([1, 3]) {
+        let profile = test["profile"].as_array().unwrap();
+        assert_eq!(profile.len(), 11);
+        for operation in profile {
+            let name = operation["operation"].as_str().unwrap();
+            let calls = if once.contains(&name) { 1 } else { cfg.num_layers } * passes * 2;
+            assert_eq!(operation["calls"], calls, "{name}");
+            assert!(operation["seconds"].as_f64().unwrap() > 0.0);
+            let product = operation["flops"].as_f64().unwrap() > 0.0;
+            assert_eq!(product, operation["limit"].is_string(), "{operation}");
+        }
+    }
+    let trace: Value = serde_json::from_slice(&fs::read(&trace).unwrap()).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    // For each test its name, then each operation of each pass.
+    assert_eq!(events.len(), 2 + (1 + 3) * (3 + 8 * cfg.num_layers as usize));
+    for (before, after) in events.iter().zip(&events[1..]) {
+        if before["ph"] == "X" && after["ph"] == "X" && before["pid"] == after["pid"] {
+            let number = |event: &Value, name: &str| event[name].as_f64().unwrap();
+            assert!(number(before, "ts") + number(before, "dur") <= number(after, "ts") + 1e-3);
+        }
+    }
+    assert!(result["date"].is_string() && result["machine"]["huge_pages"].is_string());
+    let table = stdout(&[&args[..], &["--profile"]].concat());
+    assert!(table.contains("gate_up"), "{table}");
+}
