@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use mr_cli::Result;
-use mruntime::{Model, OpenOptions, Pool, Qwen2Config};
+use mr_cli::{NumericsArg, Result};
+use mruntime::{Isa, Model, Numerics, OpenOptions, Pool, Qwen2Config};
 use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 
@@ -41,6 +41,8 @@ pub struct ColdArgs {
     /// When the weights come into memory: on-use, background or at-open
     #[arg(long, value_name = "WHEN", default_value = "background", value_parser = |name: &str| parse_prefault(name).map(|_| name.to_owned()))]
     prefault: String,
+    #[command(flatten)]
+    numerics: NumericsArg,
     /// Measure again with nothing in the page cache: neither FILE nor, as far as this user may say so, anything else
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     drop_caches: Option<DropCaches>,
@@ -84,6 +86,7 @@ struct Report {
     origin: Origin,
     threads: usize,
     prefault: String,
+    numerics: &'static str,
     measurements: Vec<Measurement>,
 }
 
@@ -91,7 +94,8 @@ struct Report {
 pub fn run(args: ColdArgs) -> Result<()> {
     let threads = args.threads.unwrap_or_else(mr_cli::all_cores);
     let model = Model::open(&args.model, &OpenOptions::default(), &mut Pool::new(1)?)?;
-    let bench = Bench { threads, prefault: args.prefault, repetitions: args.repetitions };
+    let numerics = args.numerics.get(Isa::detect())?;
+    let bench = Bench { threads, prefault: args.prefault, numerics, repetitions: args.repetitions };
     let name = args.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let needed = model.prologue().layout().layer0.attn_norm.offset + model.prologue().arena_offset();
 
@@ -115,7 +119,8 @@ pub fn run(args: ColdArgs) -> Result<()> {
         measurements.push(bench.measure(name, file.path(), 0, None)?);
     }
 
-    let report = Report { origin: Origin::now(), threads, prefault: bench.prefault, measurements };
+    let (origin, numerics) = (Origin::now(), numerics.name());
+    let report = Report { origin, threads, prefault: bench.prefault, numerics, measurements };
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
@@ -134,6 +139,7 @@ fn tokenizer_sections(model: &Model) -> Result<Vec<(String, Vec<u8>)>> {
 struct Bench {
     threads: usize,
     prefault: String,
+    numerics: Numerics,
     repetitions: usize,
 }
 
@@ -146,6 +152,7 @@ impl Bench {
             model: model.to_owned(),
             threads: self.threads,
             prefault: self.prefault.clone(),
+            fast: self.numerics != Numerics::Exact,
             prompt,
             repetitions: 3,
         };
@@ -229,7 +236,8 @@ impl Cache {
 
 fn write_table(report: &Report, out: &mut impl Write) -> Result<()> {
     report.origin.write(out)?;
-    writeln!(out, "process   {} threads, prefault {}\n", report.threads, report.prefault)?;
+    let Report { threads, prefault, numerics, .. } = report;
+    writeln!(out, "process   {threads} threads, prefault {prefault}, {numerics} numerics\n")?;
     let columns = &report.measurements;
     let mut row = |name: &str, cell: &dyn Fn(&Measurement) -> String| -> Result<()> {
         write!(out, "| {name:<26} |")?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use mr_cli::{ModelSource, Pages, Result};
 use mruntime::{
-    GenerateOptions, Isa, Limits, OpenOptions, Pool, Prefault, Sampler, SamplingOptions, Session,
+    GenerateOptions, Isa, Limits, Numerics, OpenOptions, Pool, Prefault, Sampler, SamplingOptions, Session,
     create_qwen2_arenas, qwen2_init_kv_cache, qwen2_init_scratch, session_generate,
 };
 use mruntime_text::SpecialTokens;
@@ -33,6 +33,8 @@ pub struct Task {
     pub model: PathBuf,
     pub threads: usize,
     pub prefault: String,
+    /// Whether to take the fast lane.
+    pub fast: bool,
     /// Tokens of the prompt; 0 to be ready and end.
     pub prompt: usize,
     /// How often the forward pass is repeated when all is warm.
@@ -123,7 +125,10 @@ pub fn run(task: &str) -> Result<()> {
     let limits = Limits { context, batch: BATCH, threads: pool.threads() };
     let mut arenas = create_qwen2_arenas(&cfg, &limits)?;
     let kv = qwen2_init_kv_cache(&cfg, limits.context, &mut arenas.kv_cache.bump())?;
-    let scratch = qwen2_init_scratch(&cfg, &limits, isa, &mut arenas.scratch.bump())?;
+    let mut scratch = qwen2_init_scratch(&cfg, &limits, isa, &mut arenas.scratch.bump())?;
+    if let Some(numerics) = Numerics::fast(isa).filter(|_| task.fast) {
+        scratch.set_numerics(numerics);
+    }
     let mut session = Session::new(cfg, model.weights(), kv, scratch);
     let mut sampler = Sampler::new(SamplingOptions::GREEDY, cfg.vocab_size as usize, isa)?;
     stages.arenas = lap();

@@ -73,6 +73,11 @@ impl<'a> Inference<'a> {
         Ok(Inference { cfg: *cfg, weights, kv, scratch })
     }
 
+    /// Whatever the command line chose.
+    pub fn set_numerics(&mut self, numerics: Numerics) {
+        self.scratch.set_numerics(numerics);
+    }
+
     /// [`qwen2_forward`].
     pub fn forward(&mut self, tokens: &[u32], logits: &mut [f32], pool: &mut Pool) -> Result<()> {
         Ok(qwen2_forward(&self.cfg, &self.weights, &mut self.kv, &mut self.scratch, tokens, logits, pool)?)

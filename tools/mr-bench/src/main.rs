@@ -12,6 +12,7 @@ mod machine;
 mod output;
 mod perplexity;
 mod profile;
+mod quality;
 mod roofline;
 #[cfg(target_os = "linux")]
 mod sparse;
@@ -38,6 +39,8 @@ enum Command {
     Cold(cold::ColdArgs),
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
+    /// Measure what the fast lane costs: perplexity, KL divergence and top-1 agreement beside the exact default
+    Quality(perplexity::PerplexityArgs),
 }
 
 fn main() -> ExitCode {
@@ -55,5 +58,6 @@ fn main() -> ExitCode {
         Command::Cold(args) => cold::run(args),
         Command::Logits(args) => logits::run(args),
         Command::Perplexity(args) => perplexity::run(args),
+        Command::Quality(args) => quality::run(args),
     })
 }

@@ -381,3 +381,27 @@ fn every_operation_is_profiled_and_traced() {
     let table = stdout(&[&args[..], &["--profile"]].concat());
     assert!(table.contains("gate_up"), "{table}");
 }
+
+#[test]
+fn the_fast_lane_is_compared_with_the_exact_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let ids = dir.path().join("ids.json");
+    let model = TinyModel::named("gqa7_hd32");
+    let tokens: Vec<u32> = (0..200).map(|i| i * i % model.vocab as u32).collect();
+    fs::write(&ids, json!(tokens).to_string()).unwrap();
+    let rest = ["--model-dir", text(&model.dir), "--tokens", text(&ids)];
+    let quality = [&["quality"], &rest[..]].concat();
+    assert!(error(&[&quality[..], &["--isa", "portable"]].concat()).contains("no fast lane"));
+    if mruntime::Numerics::fast(Isa::detect()).is_none() {
+        return;
+    }
+    let result = json(&[&quality[..], &["--json"]].concat());
+    let exact = json(&[&["perplexity"], &rest[..], &["--json"]].concat());
+    let fast = json(&[&["perplexity"], &rest[..], &["--json", "--numerics", "fast"]].concat());
+    assert_eq!(result["perplexity_exact"], exact["perplexity"]);
+    assert_eq!(result["perplexity_fast"], fast["perplexity"]);
+    let number = |name: &str| result[name].as_f64().unwrap();
+    assert!(0.0 < number("kl_mean") && number("kl_mean") <= number("kl_max"), "{result}");
+    assert!(number("top1_agreement") <= 1.0);
+    assert!(stdout(&quality).contains("KL divergence, mean"));
+}
