@@ -35,6 +35,17 @@ impl Numerics {
             Numerics::Fast(lane) => lane.name(),
         }
     }
+
+    /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`. Numbers are never used again.
+    pub fn id(self) -> u32 {
+        match self {
+            Numerics::Exact => 0,
+            Numerics::Fast(lane) => match lane.0 {
+                #[cfg(target_arch = "x86_64")]
+                Lane::Bf16 => 1,
+            },
+        }
+    }
 }
 
 /// A fast lane that this machine has; like [`Isa`], a value is proof of detection.

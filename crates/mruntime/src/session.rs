@@ -20,7 +20,7 @@ pub struct Session<'a> {
     cfg: Qwen2Config,
     weights: Qwen2Weights<'a>,
     pub(crate) kv: KvCache<'a>,
-    scratch: Scratch<'a>,
+    pub(crate) scratch: Scratch<'a>,
     /// The text. The cache holds all of it or all but the last token, which has been chosen and not been computed.
     pub(crate) tokens: Vec<u32>,
     /// Whether the scratch memory has the logits of the last token.

@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | 0 | 8 | `89 4D 52 53 0D 0A 1A 0A` |
 //! | 8 | 4 | version of this format, 1 |
-//! | 12 | 4 | numerics: 0 exact |
+//! | 12 | 4 | [numerics](crate::Numerics::id): 0 exact |
 //! | 16 | 32 | root digest of the model's file |
 //! | 48 | 8 | context: positions of the KV cache |
 //! | 56 | 8 | T, tokens of the text |
@@ -30,7 +30,6 @@ use crate::session::Session;
 
 const MAGIC: [u8; 8] = *b"\x89MRS\r\n\x1a\n";
 const VERSION: u32 = 1;
-const NUMERICS_EXACT: u32 = 0;
 const HEADER_BYTES: usize = 72;
 const DIGEST_BYTES: u64 = 32;
 
@@ -47,7 +46,7 @@ struct Header {
 impl Header {
     fn of(session: &Session<'_>, root: &Digest) -> Header {
         Header {
-            numerics: NUMERICS_EXACT,
+            numerics: session.scratch.numerics().id(),
             root: *root,
             context: session.kv.context() as u64,
             tokens: session.tokens.len() as u64,
