@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Type-checks what an app links for systems that nothing can be run for here: macOS, iOS, Android and Windows.
+# Type-checks what an app links for systems that nothing can be run for here: macOS, iOS and Android.
 #
 #   tests/platforms.sh [TARGET...]
 #
@@ -7,7 +7,7 @@
 # by apt-get if this runs as root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-(($#)) || set -- aarch64-apple-darwin aarch64-apple-ios aarch64-linux-android x86_64-pc-windows-gnu
+(($#)) || set -- aarch64-apple-darwin aarch64-apple-ios aarch64-linux-android
 
 if [[ ! -e /usr/bin/rustc || ! -d $(/usr/bin/rustc --print sysroot)/lib/rustlib/src/rust/library ]]; then
     [[ $(id -u) == 0 ]] || { echo "platforms.sh: needs rustc-web and rust-web-src" >&2; exit 2; }
