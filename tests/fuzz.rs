@@ -148,6 +148,11 @@ fn write_the_seeds() {
         vocab.join(",").replace("\\'", "'")
     );
     mruntime_text::Tokenizer::from_json(tokenizer.as_bytes()).unwrap();
+    let known = tokenizer
+        .replace("(?i:'s|'t)|", "(?i:'s|'t|'re|'ve|'m|'ll|'d)|")
+        .replace("+|\\\\s+(", "+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(");
+    write("prepacked", "bpe", &mruntime_text::prepack_tokenizer(known.as_bytes()).unwrap());
+    write("prepacked", "empty", b"");
     write("tokenizer", "bpe", &[tokenizer.as_bytes(), b"\0hehe  it's 12 \xff"].concat());
     write("tokenizer", "empty", b"{}");
 

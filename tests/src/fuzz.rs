@@ -6,8 +6,9 @@ use std::cell::RefCell;
 use std::path::Path;
 
 use mrt_format::{
-    CHUNK_BYTES, Digest, GenerationDefaults, HEADER_BYTES, Prologue, prologue_bytes, qwen2_source_count,
-    qwen2_source_tensors, qwen2_weights_layout, report_from_bytes, report_to_bytes, sha256,
+    CHUNK_BYTES, Digest, GenerationDefaults, HEADER_BYTES, Prologue, TokenizerSection, prologue_bytes,
+    qwen2_source_count, qwen2_source_tensors, qwen2_weights_layout, report_from_bytes, report_to_bytes,
+    sha256,
 };
 use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
 use mruntime::{Pool, Qwen2Config};
@@ -22,11 +23,12 @@ use tempfile::TempDir;
 pub type Target = fn(&[u8]);
 
 /// The kinds of input, by the names of their folders in `fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("prologue", prologue),
     ("sections", sections),
     ("safetensors", safetensors),
     ("tokenizer", tokenizer),
+    ("prepacked", prepacked),
     ("chat_template", chat_template),
 ];
 
@@ -264,8 +266,19 @@ pub fn tokenizer(data: &[u8]) {
     }
 }
 
+/// The content of a `tokenizer` section; its last 32 bytes are a text to encode with it, too.
+pub fn prepacked(data: &[u8]) {
+    let Ok(tokenizer) = Tokenizer::from_section(data.to_vec()) else { return };
+    let text = String::from_utf8_lossy(&data[data.len().saturating_sub(32)..]);
+    use_tokenizer(&tokenizer, &text);
+    let ids: Vec<u32> =
+        data.chunks(4).take(64).map(|bytes| bytes.iter().fold(0, |id, &b| id << 3 ^ u32::from(b))).collect();
+    let _ = tokenizer.decode(&ids, true);
+    let _ = TokenizerSection::new(data).map(|section| section.check());
+}
+
 fn use_tokenizer(tokenizer: &Tokenizer, text: &str) {
-    for text in ["Hello, world! 12 <|im_end|>\n", text] {
+    for text in ["Hello, world! 12 <|im_end|>\n", "e\u{301}  a\u{327}\u{301} it's \u{1112}\u{1161}", text] {
         for special in [SpecialTokens::Parse, SpecialTokens::AsText] {
             let Ok(ids) = tokenizer.encode(text, special) else { continue };
             let _ = tokenizer.decode(&ids, true);
