@@ -124,7 +124,7 @@ def versions(directory):
     """Of each program, as its package says."""
     def package(venv, name):
         [path] = glob.glob(f"{directory}/{venv}/lib/python3*/site-packages/{name}-*.dist-info")
-        return os.path.basename(path).split("-")[1]
+        return os.path.basename(path).removesuffix(".dist-info").split("-")[1]
 
     [llama] = [p for p in glob.glob(f"{directory}/sdist/llama_cpp_python-*") if os.path.isdir(p)]
     with open(f"{HERE}/candle/Cargo.lock") as lock:
@@ -168,9 +168,11 @@ def start(command, **options):
     return {**json.loads(lines[-1]), "rss": usage.ru_maxrss * 1024 / 1e6}
 
 
-def measure_peer(args, command, threads):
-    """Both processes of one round: values of each metric."""
+def measure_peer(args, command, threads, warm):
+    """Both processes of one round: values of each metric. What is not warm is started once before."""
     command = command.format(dir=args.dir, here=HERE).split()
+    if not warm:
+        start([*command, str(threads), "start", "0"])
     first = start([*command, str(threads), "start", "0"])
     run = start([*command, str(threads), "run", str(args.repetitions)])
     if run["tokens"] and run["tokens"] != EXPECTED:
@@ -179,8 +181,8 @@ def measure_peer(args, command, threads):
             **{metric: run[metric] for metric in ("prefill", "decode")}}
 
 
-def measure_ours(args, numerics, threads):
-    """The same of this project, by mr-bench."""
+def measure_ours(args, numerics, threads, _warm):
+    """The same of this project, by mr-bench, which starts itself once before."""
     common = ["-m", f"{args.dir}/model.mrt", "-t", str(threads), "--json"]
     lane = ["--numerics", "fast"] if numerics == "fast" else []
     cold = start([f"{args.bin}mr-bench", "cold", "-p", "16", "-r", "1", *common, *lane])
@@ -236,6 +238,7 @@ def run(args):
         with open(args.results, "w", newline="") as file:
             csv.writer(file).writerow(COLUMNS)
     programs = [(OURS, numerics, numerics) for numerics in ("exact", "fast")] + PEERS
+    warm = set()
     end = time.monotonic() + args.seconds
     for turn in range(1, args.rounds + 1):
         for threads in THREADS:
@@ -246,7 +249,8 @@ def run(args):
                     return print("time is over: call again", file=sys.stderr)
                 try:
                     measure = measure_ours if program == OURS else measure_peer
-                    values = measure(args, command, threads)
+                    values = measure(args, command, threads, (program, dtype) in warm)
+                    warm.add((program, dtype))
                 except RuntimeError as error:
                     print(f"{program} {dtype}, {threads} threads: {error}", file=sys.stderr)
                     continue
@@ -271,8 +275,8 @@ def table(args):
         about[key] = row["version"]
     medians = {key: {m: statistics.median(v) for m, v in of.items()} for key, of in values.items()}
     exact = medians.get((OURS, "exact"), {})
-    records = [{"program": program, "type": dtype, "version": about[program, dtype], "metric": metric, "threads": threads,
-                "median": median, "ratio_to_ours": median / exact[metric, threads] if (metric, threads) in exact else None,
+    records = [{"program": program, "type": dtype, "version": about[program, dtype], "metric": metric,
+                "threads": threads, "median": median, "ratio_to_ours": median / exact[metric, threads] if (metric, threads) in exact else None,
                 "measurements": len(values[program, dtype][metric, threads])}
                for (program, dtype), of in medians.items() for (metric, threads), median in of.items()]
     if args.json:
@@ -283,7 +287,8 @@ def table(args):
         return writer.writerows(records)
     first, last = rows[0]["date"][:10], rows[-1]["date"][:10]
     print(f"{rows[-1]['cpu']}, {rows[-1]['cores']} cores, Linux {rows[-1]['kernel']}, "
-          f"{first if first == last else first + ' to ' + last}; medians, 1 / 2 threads; in brackets the ratio to ours\n")
+          f"{first if first == last else first + ' to ' + last}; medians; threads: "
+          f"{' / '.join(sorted({row['threads'] for row in rows}))}; in brackets the ratio to ours\n")
     print("| program | " + " | ".join(title for _, title, _ in METRICS) + " |")
     print("|---|" + "---|" * len(METRICS))
     for (program, dtype), of in medians.items():
@@ -292,7 +297,7 @@ def table(args):
             have = [t for t in THREADS if (metric, t) in of]
             cell = " / ".join(form.format(of[metric, t]) for t in have)
             if (program, dtype) != (OURS, "exact"):
-                ratios = [f"{of[metric, t] / exact[metric, t]:.2f}" for t in have if (metric, t) in exact]
+                ratios = [f"{of[metric, t] / exact[metric, t]:.3g}" for t in have if (metric, t) in exact]
                 cell += f" ({' / '.join(ratios)})" if ratios else ""
             cells.append(cell)
         print(f"| {program} {about[program, dtype]}, {dtype} | " + " | ".join(cells) + " |")
