@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Runs tests for 64-bit Arm on an x86-64 Debian or Ubuntu machine, under qemu's user-mode emulation.
 #
-#   tests/arm64.sh                          the crates that run on the target, and the bit-for-bit tests
-#   tests/arm64.sh -p mrt-kernels rms_norm  any other `cargo test` arguments
+#   tests/arm64.sh                          all below
+#   tests/arm64.sh -p mrt-kernels rms_norm  any other `cargo test` arguments, and no more
 #
-#   ARM64_CPUS="max cortex-a53"   qemu's names of the CPUs to run on, one after the other (default: max)
+#   ARM64_CPUS="max cortex-a53"   for other arguments: qemu's names of the CPUs to run on (default: max)
 #   ARM64_RUSTC=PATH              the compiler (default: `rustc`, else Debian's, whichever has the target's std)
+#
+# All are the tests of the crates that run on the target, and of the bits that models give, a real one too, on the CPU
+# with every instruction set and on the smallest; the kernels' tests on CPUs between; and instruction counts compared.
 #
 # What is missing is installed by apt-get if this runs as root, and named otherwise.
 set -euo pipefail
@@ -29,14 +32,12 @@ find_rustc() {
     return 1
 }
 
-find_qemu() {
-    command -v qemu-aarch64-static || command -v qemu-aarch64
-}
-
 missing=()
 find_rustc >/dev/null || missing+=(rustc-web libstd-rust-web-dev:arm64)
 command -v aarch64-linux-gnu-gcc >/dev/null || missing+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
-find_qemu >/dev/null || missing+=(qemu-user-static)
+# Not the static one, which cannot count instructions.
+command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
+command -v gcc >/dev/null || missing+=(gcc libc6-dev)
 if ((${#missing[@]})); then
     apt=(apt-get -qq -o DPkg::Lock::Timeout=300)
     [[ $(id -u) == 0 ]] || fail "needs: dpkg --add-architecture arm64, apt-get update, apt-get install ${missing[*]}"
@@ -47,7 +48,6 @@ if ((${#missing[@]})); then
     "${apt[@]}" install -y --no-install-recommends "${missing[@]}" >/dev/null
 fi
 RUSTC=$(find_rustc) || fail "no compiler has the standard library of $target"
-qemu=$(find_qemu)
 
 # Static linking: a dynamic program would be given the libraries of the host's folders.
 export RUSTC
@@ -56,11 +56,29 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-
 export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
 unset RUSTFLAGS
 
-# One call, so that all is built once.
-(($#)) || set -- --lib --test bits -p mrt-format -p mrt-kernels -p mruntime -p mruntime-tests
-for cpu in ${ARM64_CPUS:-max}; do
-    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="$qemu -cpu $cpu"
-    echo "arm64.sh: $("$RUSTC" --version), qemu CPU $cpu" >&2
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=qemu-aarch64
+
+# on CPU ARGUMENTS...: the tests on that CPU; they too read its name in the variable that qemu reads.
+on() {
+    export QEMU_CPU=$1
+    echo "arm64.sh: $("$RUSTC" --version), qemu CPU $QEMU_CPU" >&2
     # A folder of its own: another compiler would build everything anew in the host's.
-    cargo test --target "$target" --target-dir "${CARGO_TARGET_DIR:-target}/arm64" "$@"
+    cargo test --target "$target" --target-dir "${CARGO_TARGET_DIR:-target}/arm64" "${@:2}"
+}
+
+if (($#)); then
+    for cpu in ${ARM64_CPUS:-max}; do
+        on "$cpu" "$@"
+    done
+    exit
+fi
+models/get_smollm2.py >&2
+for cpu in max cortex-a53; do
+    # One call, so that all is built once.
+    on "$cpu" --lib --test bits -p mrt-format -p mrt-kernels -p mruntime -p mruntime-tests
 done
+for cpu in cortex-a72 cortex-a76 neoverse-n1; do
+    on "$cpu" --lib -p mrt-kernels
+done
+unset QEMU_CPU
+tests/scripts/arm64_instructions.py

@@ -67,9 +67,7 @@ fn every_instruction_set_gives_the_stored_bits() {
     }
 }
 
-/// On 64-bit Arm this has not been run yet: emulated, it takes long.
 #[test]
-#[cfg(target_arch = "x86_64")]
 fn every_instruction_set_gives_the_stored_bits_of_a_real_model() {
     let want = bits(&read_f32(&stored_real()));
     for isa in Isa::supported() {

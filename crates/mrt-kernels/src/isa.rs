@@ -163,4 +163,16 @@ mod tests {
             want.iter().filter(|(bit, _)| hwcap() & bit == *bit).map(|(_, name)| *name).collect();
         assert_eq!(names, want);
     }
+
+    /// By Arm's manuals of the processors. qemu takes the one that it plays from the same variable; on a real one, or
+    /// another, the test above is all.
+    #[test]
+    fn these_processors_have_what_their_manuals_say() {
+        let best = match std::env::var("QEMU_CPU").as_deref() {
+            Ok("cortex-a53" | "cortex-a72" | "cortex-a76" | "neoverse-n1") => "neon",
+            Ok("max") => "neon-fhm",
+            _ => return,
+        };
+        assert_eq!(Isa::detect().name(), best);
+    }
 }
