@@ -36,13 +36,15 @@ impl Numerics {
         }
     }
 
-    /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`. Numbers are never used again.
+    /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`, 4 `fast-kleidiai`. Numbers are never used again.
     pub fn id(self) -> u32 {
         match self {
             Numerics::Exact => 0,
             Numerics::Fast(lane) => match lane.0 {
                 #[cfg(target_arch = "x86_64")]
                 Lane::Bf16 => 1,
+                #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+                Lane::Kleidiai => 4,
             },
         }
     }
@@ -57,6 +59,9 @@ pub(crate) enum Lane {
     /// `bf16.rs`
     #[cfg(target_arch = "x86_64")]
     Bf16,
+    /// `kleidiai.rs`
+    #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+    Kleidiai,
 }
 
 impl FastLane {
@@ -65,15 +70,21 @@ impl FastLane {
         match isa.0 {
             #[cfg(target_arch = "x86_64")]
             crate::isa::Kind::Avx512 if crate::bf16::is_detected() => Some(FastLane(Lane::Bf16)),
+            #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+            crate::isa::Kind::Neon | crate::isa::Kind::NeonFhm if crate::kleidiai::is_detected() => {
+                Some(FastLane(Lane::Kleidiai))
+            }
             _ => None,
         }
     }
 
-    /// `fast-bf16`
+    /// `fast-bf16` or `fast-kleidiai`
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => "fast-bf16",
+            #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+            Lane::Kleidiai => "fast-kleidiai",
         }
     }
 
@@ -82,6 +93,8 @@ impl FastLane {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => rows >= crate::bf16::LEAST_ROWS,
+            #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+            Lane::Kleidiai => rows > 0,
         }
     }
 }
@@ -113,6 +126,8 @@ pub fn pack_fast_row(lane: FastLane, x: &[f32], out: &mut [u16]) -> f32 {
         // SAFETY: a `FastLane` proves that its features were detected.
         #[cfg(target_arch = "x86_64")]
         Lane::Bf16 => unsafe { crate::bf16::pack_row(x, out) },
+        #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+        Lane::Kleidiai => crate::kleidiai::pack_row(x, out),
     }
 }
 
@@ -139,15 +154,18 @@ pub fn fast_product(
         // SAFETY: a `FastLane` proves that its features were detected; the assertions above are the contract.
         #[cfg(target_arch = "x86_64")]
         Lane::Bf16 => unsafe { crate::bf16::product(lhs, rhs, epilogue, y, scratch) },
+        // SAFETY: as above.
+        #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+        Lane::Kleidiai => unsafe { crate::kleidiai::product(lhs, rhs, epilogue, y, scratch) },
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::{PANEL, f16, panel_len, product_scratch_len};
 
-    fn noise(seed: u32, n: usize, scale: f32) -> Vec<f32> {
+    pub(crate) fn noise(seed: u32, n: usize, scale: f32) -> Vec<f32> {
         let mut s = seed;
         let mut next = || {
             s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -156,12 +174,19 @@ mod tests {
         (0..n).map(|_| next() * scale).collect()
     }
 
-    fn lanes() -> impl Iterator<Item = FastLane> {
+    pub(crate) fn lanes() -> impl Iterator<Item = FastLane> {
         Isa::supported().filter_map(FastLane::detect)
     }
 
     /// A lane's own product of the first `rows` rows of `x`.
-    fn run(lane: FastLane, x: &[f32], rows: usize, k: usize, panels: &[f16], n: usize) -> Vec<f32> {
+    pub(crate) fn run(
+        lane: FastLane,
+        x: &[f32],
+        rows: usize,
+        k: usize,
+        panels: &[f16],
+        n: usize,
+    ) -> Vec<f32> {
         let mut packed = vec![u16::MAX; rows * fast_stride(k)];
         let out = packed.chunks_exact_mut(fast_stride(k));
         let scales: Vec<f32> = x.chunks(k).zip(out).map(|(x, out)| pack_fast_row(lane, x, out)).collect();
@@ -223,7 +248,8 @@ mod tests {
         let x: Vec<f32> = (0..rows * k).map(|i| (i % 7) as f32 - 3.0).collect();
         let panels: Vec<f16> =
             (0..panel_len(k)).map(|i| f16::from_f32(((i * 5) % 11) as f32 / 8.0)).collect();
-        for lane in lanes() {
+        // KleidiAI's chains start from weights as they are, which FP16 rounds beside scaled products.
+        for lane in lanes().filter(|lane| lane.name() != "fast-kleidiai") {
             let y = run(lane, &x, rows, k, &panels, n);
             for (i, y) in y.iter().enumerate() {
                 let (r, j) = (i / n, i % n);

@@ -24,6 +24,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+#[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
+mod kleidiai;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
