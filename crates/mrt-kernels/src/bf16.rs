@@ -5,6 +5,7 @@
 //! k + 1 become one row of 32 pairs. Subnormal numbers count as zero, in and out: so the instruction is defined.
 
 use std::arch::x86_64::*;
+use std::hint::black_box;
 
 use half::{bf16, f16};
 
@@ -87,6 +88,32 @@ impl PanelSums for Bf16<'_> {
             }
         }
     }
+}
+
+/// Runs `iterations` rounds of independent `vdpbf16ps` in registers; the number of floating-point operations, as
+/// [`crate::fma_peak`] counts them.
+///
+/// # Safety
+/// The machine has AVX512-BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) unsafe fn peak(iterations: u64) -> u64 {
+    // As many chains as the register tile has accumulators.
+    const CHAINS: usize = 2 * TILE_ROWS;
+    // One of two BF16 numbers in each pair is 1, the other -1: sums stay what they are, and none is subnormal.
+    let ones = _mm512_set1_epi32(black_box(0xbf80_3f80u32.cast_signed()));
+    // SAFETY: both types are 512 bits, any of which are BF16 numbers.
+    let (a, b) = unsafe {
+        let b = _mm512_set1_epi32(black_box(0x3f80_3f80));
+        (std::mem::transmute::<__m512i, __m512bh>(ones), std::mem::transmute::<__m512i, __m512bh>(b))
+    };
+    let mut sums = [_mm512_set1_ps(black_box(1.0)); CHAINS];
+    for _ in 0..iterations {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, a, b);
+        }
+    }
+    black_box(sums);
+    iterations * (CHAINS * LANES * 4) as u64
 }
 
 /// Converts `block` rows of a panel to BF16, two at a time: element n of a row of pairs is (w[k][n], w[k + 1][n]).

@@ -35,7 +35,7 @@ pub use fast::{FastLane, FastLhs, Numerics, fast_product, fast_stride, pack_fast
 pub use half::f16;
 pub use isa::Isa;
 pub use panel::{LANES, PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
-pub use peak::{fma_peak, read_peak};
+pub use peak::{fast_peak, fma_peak, read_peak};
 pub use product::{Epilogue, Lhs, Rhs, panel_product, product_scratch_len};
 pub use rows::{add, rms_norm, rope, scale, softmax};
 pub use window::Window;

@@ -3,6 +3,7 @@
 
 use std::hint::black_box;
 
+use crate::fast::FastLane;
 use crate::isa::{Isa, dispatch};
 use crate::lanes::Lanes;
 use crate::panel::LANES;
@@ -11,6 +12,17 @@ use crate::panel::LANES;
 /// of floating-point operations, two per lane and multiply-add. Who takes the time has the f32 FMA peak of a core.
 pub fn fma_peak(isa: Isa, iterations: u64) -> u64 {
     dispatch!(isa, chains(iterations: u64) -> u64)
+}
+
+/// The same of a fast lane's unit, whose f32 sums add two products at a time; none where it is not known how to measure it.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "no lane's peak is measured there"))]
+pub fn fast_peak(lane: FastLane, iterations: u64) -> Option<u64> {
+    #[cfg(target_arch = "x86_64")]
+    if lane.0 == crate::fast::Lane::Bf16 {
+        // SAFETY: a lane is proof of detection.
+        return Some(unsafe { crate::bf16::peak(iterations) });
+    }
+    None
 }
 
 /// Reads all of `x` once, in order, and returns its greatest element (which element of a NaN is not specified). Who
@@ -84,6 +96,9 @@ mod tests {
             let round = fma_peak(isa, 1);
             assert!(round == 6 * 16 * 2 || round == 24 * 16 * 2);
             assert_eq!(fma_peak(isa, 1000), 1000 * round);
+            if let Some(lane) = FastLane::detect(isa) {
+                assert_eq!(fast_peak(lane, 1000), fast_peak(lane, 1).map(|round| 1000 * round));
+            }
         }
     }
 }

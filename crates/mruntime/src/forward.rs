@@ -93,6 +93,9 @@ pub struct Scratch<'a> {
     cos: &'a mut [f32],
     sin: &'a mut [f32],
     products: Products<'a>,
+    /// At most so many threads of the pool work, in calls with several tokens and in calls with one.
+    prefill_threads: usize,
+    decode_threads: usize,
     /// For whoever has no logits of its own, `[vocab]`.
     pub(crate) logits: &'a mut [f32],
 }
@@ -161,6 +164,8 @@ pub fn qwen2_init_scratch<'a>(
             packed,
             scales: next()?,
         },
+        prefill_threads: usize::MAX,
+        decode_threads: usize::MAX,
         logits: next()?,
     };
     for (i, f) in scratch.frequencies.iter_mut().enumerate() {
@@ -186,6 +191,16 @@ impl Scratch<'_> {
     /// With [`Numerics::Fast`] logits no longer are the same bits for every batch and on every machine.
     pub fn set_numerics(&mut self, numerics: Numerics) {
         self.products.numerics = numerics;
+    }
+
+    /// Lets the following forward passes use the first threads of the pool only: of several tokens `prefill` of them, of one
+    /// token `decode`; at first all. Decoding is bound by memory and can be fastest on fewer. The results are the same.
+    ///
+    /// # Panics
+    /// When a number is 0.
+    pub fn set_threads(&mut self, prefill: usize, decode: usize) {
+        assert!(prefill > 0 && decode > 0, "{prefill} and {decode} threads");
+        (self.prefill_threads, self.decode_threads) = (prefill, decode);
     }
 
     /// What forward passes trade for speed.
@@ -286,6 +301,9 @@ pub fn qwen2_forward_observed(
     let (attention, mlp) = (cfg.attention_width(), cfg.intermediate_size as usize);
     let all = logits.len() == tokens.len() * vocab;
     assert!(all || logits.len() == vocab || logits.is_empty(), "{} logits", logits.len());
+    let pool_threads = pool.threads();
+    let phase = if tokens.len() == 1 { scratch.decode_threads } else { scratch.prefill_threads };
+    pool.set_threads(phase.min(pool_threads));
     let eps = cfg.rms_norm_eps as f32;
     let Scratch { batch, residual, normed, qkv, q, attended, gated, frequencies, cos, sin, products, .. } =
         scratch;
@@ -354,6 +372,7 @@ pub fn qwen2_forward_observed(
         ops::linear(products, lhs, weights.lm_head(), Epilogue::Store, out, pool);
         observe(Stage::LmHead, cfg.num_layers as usize, logits, n - wanted);
     }
+    pool.set_threads(pool_threads);
     Ok(())
 }
 
@@ -548,6 +567,28 @@ pub(crate) mod tests {
         let mut again = vec![0.0; vocab];
         qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens, &mut again, &mut pool).unwrap();
         assert_eq!(again, logits);
+    }
+
+    #[test]
+    fn prefill_and_decoding_use_their_threads_and_give_the_same_bits() {
+        let (tokens, vocab) = (tokens(9), CFG.vocab_size as usize);
+        let limits = Limits { context: 9, batch: 8, threads: 3 };
+        let want = logits(&tokens, limits, Isa::detect(), 9);
+        let weights = random_arena();
+        let weights = Qwen2Weights::from_arena(&CFG, weights.bytes()).unwrap();
+        for (prefill, decode) in [(1, 1), (3, 1), (1, 2), (2, 3), (8, 8)] {
+            let mut arenas = create_qwen2_arenas(&CFG, &limits).unwrap();
+            let mut kv = qwen2_init_kv_cache(&CFG, limits.context, &mut arenas.kv_cache.bump()).unwrap();
+            let mut scratch =
+                qwen2_init_scratch(&CFG, &limits, Isa::detect(), &mut arenas.scratch.bump()).unwrap();
+            scratch.set_threads(prefill, decode);
+            let mut pool = Pool::new(3).unwrap();
+            let (mut got, mut rest) = (vec![0.0; 8 * vocab], vec![0.0; vocab]);
+            qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens[..8], &mut got, &mut pool).unwrap();
+            qwen2_forward(&CFG, &weights, &mut kv, &mut scratch, &tokens[8..], &mut rest, &mut pool).unwrap();
+            assert_eq!(pool.threads(), 3);
+            assert!(got.iter().chain(&rest).map(|x| x.to_bits()).eq(want.iter().copied()));
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use mruntime::{Limits, OpenOptions, Pool, create_qwen2_arenas};
 use serde_json::json;
 
 use crate::inference::{Inference, RunArgs, read_tokens};
+use crate::machine::Origin;
 use crate::output::write_whole;
 
 /// Write the logits of given token ids: raw little-endian f32, vocab_size of them for each position
@@ -62,6 +63,7 @@ pub fn run(args: LogitsArgs) -> Result<()> {
         Ok(())
     })?;
 
+    let origin = Origin::now();
     let positions = if args.all { tokens.len() } else { 1 };
     let mut stdout = io::stdout().lock();
     if args.json {
@@ -69,14 +71,16 @@ pub fn run(args: LogitsArgs) -> Result<()> {
             "model": model.name(), "tokens": tokens.len(), "positions": positions, "vocab_size": vocab,
             "out": args.out.display().to_string(), "threads": pool.threads(), "isa": isa.name(), "numerics": numerics.name(),
         });
-        writeln!(stdout, "{result}")?;
+        writeln!(stdout, "{}", origin.with(result)?)?;
     } else {
+        origin.write(&mut stdout)?;
+        let (isa, numerics, threads) = (isa.name(), numerics.name(), pool.threads());
+        writeln!(stdout, "run with  {isa}, {numerics} numerics, {threads} threads\n")?;
         writeln!(
             stdout,
-            "{}: {positions} x {vocab} logits after {} tokens, {} numerics",
+            "{}: {positions} x {vocab} logits after {} tokens",
             args.out.display(),
-            tokens.len(),
-            numerics.name()
+            tokens.len()
         )?;
     }
     Ok(())

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Where and when a result was made, and by which program.
 #[derive(Serialize)]
@@ -25,6 +26,14 @@ impl Origin {
             commit: option_env!("MR_COMMIT"),
             date: now.round(Unit::Second).unwrap_or(now).to_string(),
         }
+    }
+
+    /// `result`, an object, with this in it.
+    pub fn with(&self, mut result: Value) -> serde_json::Result<Value> {
+        if let (Some(result), Value::Object(origin)) = (result.as_object_mut(), serde_json::to_value(self)?) {
+            result.extend(origin);
+        }
+        Ok(result)
     }
 
     /// The first lines of a table.

@@ -11,6 +11,7 @@ use mruntime_text::SpecialTokens;
 use serde_json::json;
 
 use crate::inference::{Inference, RunArgs, read_tokens};
+use crate::machine::Origin;
 
 /// Windows are not longer than this by default: their KV cache should fit any machine.
 const DEFAULT_WINDOW: usize = 4096;
@@ -108,20 +109,19 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
 
     let mean = sum / predictions as f64;
     let perplexity = mean.exp();
+    let origin = Origin::now();
     let mut stdout = std::io::stdout().lock();
     if args.json {
         let result = json!({
             "model": model.name(), "tokens": tokens.len(), "window": window, "predictions": predictions,
             "mean_nll": mean, "perplexity": perplexity, "threads": pool.threads(), "isa": isa.name(), "numerics": numerics.name(),
         });
-        writeln!(stdout, "{result}")?;
+        writeln!(stdout, "{}", origin.with(result)?)?;
     } else {
-        writeln!(
-            stdout,
-            "tokens {}, windows of {window}, predictions {predictions}, {} numerics",
-            tokens.len(),
-            numerics.name()
-        )?;
+        origin.write(&mut stdout)?;
+        let (isa, numerics, threads) = (isa.name(), numerics.name(), pool.threads());
+        writeln!(stdout, "run with  {isa}, {numerics} numerics, {threads} threads\n")?;
+        writeln!(stdout, "tokens {}, windows of {window}, predictions {predictions}", tokens.len())?;
         writeln!(stdout, "mean negative log-likelihood {mean:.6} nats")?;
         writeln!(stdout, "perplexity {perplexity:.4}")?;
     }

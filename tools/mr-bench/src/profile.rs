@@ -94,7 +94,8 @@ pub fn operations(spans: &[Span], cfg: &Qwen2Config, limit: Option<&Limit>) -> V
         o.bytes += bytes;
         o.flops += flops;
         if let Some(limit) = limit {
-            let (memory, multiply) = (bytes / limit.bytes_s, flops / limit.flop_s);
+            let flop_s = if span.stage == Stage::Attention { limit.attention_flop_s } else { limit.flop_s };
+            let (memory, multiply) = (bytes / limit.bytes_s, flops / flop_s);
             if memory > multiply { allowed[i].0 += memory } else { allowed[i].1 += multiply }
         }
     }
@@ -201,13 +202,17 @@ mod tests {
         let spans = [span(Stage::Down, 0, 0, 1), span(Stage::AttnNorm, 1, 1, 2), span(Stage::Down, 1, 2, 4)];
         let work = stage_work(&CFG, Stage::Down, 0, 1);
         // At this rate each of the two calls would take half a second.
-        let limit = Limit { bytes_s: 2.0 * work.bytes, flop_s: 1e3 * work.flops };
+        let limit = Limit { bytes_s: 2.0 * work.bytes, flop_s: 1e3 * work.flops, attention_flop_s: 1.0 };
         let [down, norm] = &operations(&spans, &CFG, Some(&limit))[..] else { panic!() };
         assert_eq!((down.operation, down.calls, down.seconds, down.time_share), ("down", 2, 3.0, 0.75));
         assert_eq!((down.bytes, down.flops), (2.0 * work.bytes, 2.0 * work.flops));
         assert_eq!((down.limit, down.limit_share), (Some("memory"), Some(1.0 / 3.0)));
         assert_eq!((norm.operation, norm.limit, norm.limit_share), ("attn_norm", None, None));
-        let limit = Limit { bytes_s: 1e3 * work.bytes, flop_s: 2.0 * work.flops };
+        let limit = Limit { bytes_s: 1e3 * work.bytes, flop_s: 2.0 * work.flops, attention_flop_s: 1.0 };
         assert_eq!(operations(&spans, &CFG, Some(&limit))[0].limit, Some("multiply"));
+        let attention = [span(Stage::Attention, 0, 0, 1)];
+        let work = stage_work(&CFG, Stage::Attention, 0, 1);
+        let limit = Limit { bytes_s: 1e3 * work.bytes, flop_s: 1.0, attention_flop_s: 4.0 * work.flops };
+        assert_eq!(operations(&attention, &CFG, Some(&limit))[0].limit_share, Some(0.25));
     }
 }

@@ -1,4 +1,5 @@
-//! `mr-bench roofline`: what this machine can do at best, measured here and now: how fast it reads memory, and its f32 FMA peak.
+//! `mr-bench roofline`: what this machine can do at best, measured here and now: how fast it reads memory, its f32 FMA peak, and
+//! the peak of the fast lane's unit.
 //!
 //! Decoding reads every weight once a token, so the read bandwidth bounds it; prefill multiplies, so the peak does.
 
@@ -8,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use mr_cli::Result;
-use mrt_kernels::{Isa, fma_peak, read_peak};
-use mruntime::{Arena, Numerics, Pool, aligned_bytes};
+use mrt_kernels::{FastLane, Isa, Numerics, fast_peak, fma_peak, read_peak};
+use mruntime::{Arena, Pool, aligned_bytes};
 use serde::Serialize;
 use serde_json::json;
 
@@ -24,7 +25,7 @@ const FMA_ROUNDS: u64 = 1 << 22;
 /// Passes go on for this long, and there are at least three.
 const TIME: Duration = Duration::from_secs(1);
 
-/// Measure this machine's read bandwidth and f32 FMA peak, the limits of decoding and prefill
+/// Measure this machine's read bandwidth, f32 FMA peak and the fast lane's peak, the limits of decoding and prefill
 #[derive(Args)]
 pub struct RooflineArgs {
     /// Numbers of threads [default: 1 and all cores]
@@ -45,9 +46,7 @@ pub fn run(args: RooflineArgs) -> Result<()> {
     let (origin, rooflines) = (Origin::now(), measure(&threads)?);
     let mut out = io::stdout().lock();
     if args.json {
-        let mut report = serde_json::to_value(&origin)?;
-        report["roofline"] = json!(rooflines);
-        writeln!(out, "{report}")?;
+        writeln!(out, "{}", origin.with(json!({ "roofline": rooflines }))?)?;
     } else {
         origin.write(&mut out)?;
         writeln!(out)?;
@@ -65,6 +64,18 @@ pub struct Roofline {
     pub read_gb_s: Rate,
     /// f32 multiply-adds in registers, GFLOP/s, for each instruction set.
     pub fma_gflop_s: Vec<FmaPeak>,
+    /// Dot products of 16-bit numbers in registers, GFLOP/s; none without a fast lane.
+    pub fast_gflop_s: Option<FastPeak>,
+}
+
+/// The peak of the fast lane's unit.
+#[derive(Serialize)]
+pub struct FastPeak {
+    /// The lane's name, as results are labelled.
+    pub numerics: &'static str,
+    /// GFLOP/s, four operations for two products and their sum.
+    #[serde(flatten)]
+    pub rate: Rate,
 }
 
 /// The peak of one instruction set.
@@ -89,17 +100,25 @@ pub struct Rate {
 /// What bounds an operation, per second.
 pub struct Limit {
     pub bytes_s: f64,
+    /// Products with weights.
     pub flop_s: f64,
+    /// Attention, which is exact on every lane.
+    pub attention_flop_s: f64,
 }
 
 impl Roofline {
-    /// What bounds products; none where the peak is not measured, as that of the fast lane.
+    /// What bounds products; none where the peak is not measured.
     pub fn limit(&self, isa: Isa, numerics: Numerics) -> Option<Limit> {
-        if numerics != Numerics::Exact {
-            return None;
-        }
-        let peak = self.fma_gflop_s.iter().find(|peak| peak.isa == isa.name())?;
-        Some(Limit { bytes_s: 1e9 * self.read_gb_s.median, flop_s: 1e9 * peak.rate.median })
+        let exact = &self.fma_gflop_s.iter().find(|peak| peak.isa == isa.name())?.rate;
+        let products = match numerics {
+            Numerics::Exact => exact,
+            Numerics::Fast(_) => &self.fast_gflop_s.as_ref()?.rate,
+        };
+        Some(Limit {
+            bytes_s: 1e9 * self.read_gb_s.median,
+            flop_s: 1e9 * products.median,
+            attention_flop_s: 1e9 * exact.median,
+        })
     }
 }
 
@@ -121,7 +140,13 @@ pub fn measure(threads: &[usize]) -> Result<Vec<Roofline>> {
             let rate = passes(operations, || pool.run(threads, |_, _| _ = fma_peak(isa, FMA_ROUNDS)));
             FmaPeak { isa: isa.name(), rate }
         });
-        rooflines.push(Roofline { threads, read_gb_s, fma_gflop_s: fma_gflop_s.collect() });
+        let fma_gflop_s = fma_gflop_s.collect();
+        let fast_gflop_s = FastLane::detect(Isa::detect()).and_then(|lane| {
+            let operations = fast_peak(lane, 1)? as f64 * FMA_ROUNDS as f64 * threads as f64;
+            let rate = passes(operations, || pool.run(threads, |_, _| _ = fast_peak(lane, FMA_ROUNDS)));
+            Some(FastPeak { numerics: lane.name(), rate })
+        });
+        rooflines.push(Roofline { threads, read_gb_s, fma_gflop_s, fast_gflop_s });
     }
     Ok(rooflines)
 }
@@ -136,6 +161,9 @@ fn write_table(rooflines: &[Roofline], out: &mut impl Write) -> io::Result<()> {
         row(roofline.threads, "memory read", "GB/s", &roofline.read_gb_s)?;
         for peak in &roofline.fma_gflop_s {
             row(roofline.threads, &format!("f32 FMA, {}", peak.isa), "GFLOP/s", &peak.rate)?;
+        }
+        if let Some(peak) = &roofline.fast_gflop_s {
+            row(roofline.threads, &format!("products, {}", peak.numerics), "GFLOP/s", &peak.rate)?;
         }
     }
     Ok(())

@@ -20,7 +20,7 @@ use crate::work::{decode_bytes, prefill_flops};
 /// Measure prefill and decoding speed, and their share of this machine's limits
 ///
 /// ppN is the prefill of N tokens, tgN the decoding of N tokens one by one, @dD after D other tokens. Tokens are random;
-/// nothing is sampled. Each test runs once to warm up, then as often as -r says. The limits, f32 multiply-adds for
+/// nothing is sampled. Each test runs once to warm up, then as often as -r says. The limits, multiply-adds for
 /// prefill and memory bandwidth for decoding, are measured in the same run with as many threads: medians beside medians.
 #[derive(Args)]
 pub struct SpeedArgs {
@@ -35,9 +35,12 @@ pub struct SpeedArgs {
     /// Tokens that are in the context before
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
     depth: Vec<usize>,
-    /// Numbers of threads [default: all cores]
+    /// Numbers of threads of decoding, and of prefill if nothing else is said [default: all cores]
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = mr_cli::parse_threads)]
     threads: Vec<usize>,
+    /// Numbers of threads of prefill
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = mr_cli::parse_threads)]
+    threads_batch: Vec<usize>,
     /// Measured runs of each test
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = mr_cli::parse_count)]
     repetitions: usize,
@@ -119,8 +122,12 @@ struct Report {
 
 /// Runs the subcommand.
 pub fn run(args: SpeedArgs) -> Result<()> {
-    let threads = if args.threads.is_empty() { vec![mr_cli::all_cores()] } else { args.threads.clone() };
-    let most_threads = threads.iter().copied().max().unwrap_or(1);
+    let decode_threads = if args.threads.is_empty() { vec![mr_cli::all_cores()] } else { args.threads };
+    let prefill_threads =
+        if args.threads_batch.is_empty() { decode_threads.clone() } else { args.threads_batch };
+    let mut all_threads = decode_threads.clone();
+    all_threads.extend(prefill_threads.iter().filter(|threads| !decode_threads.contains(threads)));
+    let most_threads = all_threads.iter().copied().max().unwrap_or(1);
     let mut pool = Pool::new(most_threads)?;
     let backing = args.backing.unwrap_or_default();
     let model = args.model.open(&OpenOptions { backing, ..OpenOptions::default() }, &mut pool)?;
@@ -143,7 +150,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
 
     let origin = Origin::now();
     let (mut rooflines, mut tests, mut events) = (Vec::new(), Vec::new(), Vec::new());
-    for &threads in &threads {
+    for &threads in &all_threads {
         let roofline = roofline::measure(&[threads])?.remove(0);
         pool.set_threads(threads);
         for &depth in &args.depth {
@@ -151,7 +158,11 @@ pub fn run(args: SpeedArgs) -> Result<()> {
             if depth > 0 {
                 inference.forward(&tokens[..depth], &mut [], &mut pool)?;
             }
-            for &kind in &kinds {
+            let measured_with = |kind: &Kind| match kind {
+                Kind::Prefill(_) => prefill_threads.contains(&threads),
+                Kind::Decode(_) => decode_threads.contains(&threads),
+            };
+            for kind in kinds.iter().copied().filter(measured_with) {
                 let mut seconds = Vec::new();
                 for repetition in 0..=args.repetitions {
                     inference.kv.truncate(depth);

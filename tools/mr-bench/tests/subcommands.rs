@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use mruntime::Isa;
+use mruntime::{Isa, Numerics};
 use mruntime_tests::{Run, TinyModel, bits, logits, max_abs_difference, read_f32};
 use serde_json::{Value, json};
 
@@ -98,7 +98,16 @@ fn logits_have_the_same_bits_however_they_are_computed() {
         assert_eq!(result["vocab_size"], model.vocab);
         let isa = if args.contains(&"portable") { Isa::PORTABLE } else { Isa::detect() };
         assert_eq!(result["isa"], isa.name());
+        assert_has_origin(&result);
     }
+}
+
+/// Whatever is printed for machines says where and when it was made.
+fn assert_has_origin(result: &Value) {
+    assert!(result["machine"]["cores"].as_u64() > Some(0), "{result}");
+    assert_eq!(result["version"], env!("CARGO_PKG_VERSION"));
+    assert!(result["date"].as_str().is_some_and(|date| date.ends_with('Z')), "{result}");
+    assert!(result.get("commit").is_some(), "{result}");
 }
 
 #[test]
@@ -171,11 +180,13 @@ fn perplexity_is_that_of_a_naive_computation() {
             assert!((nll - mean).abs() < 1e-9, "{nll} {mean}");
             assert!((result["perplexity"].as_f64().unwrap() - mean.exp()).abs() < 1e-9 * mean.exp());
             assert_eq!((&result["tokens"], &result["predictions"]), (&json!(200), &json!(predictions)));
+            assert_has_origin(&result);
         }
     }
     let last = mr_bench(&args[..args.len() - 1]);
     let text = String::from_utf8(last.stdout).unwrap();
     assert!(text.contains("perplexity ") && text.contains("windows of 512"), "{text}");
+    assert!(text.starts_with("machine   ") && text.contains("exact numerics"), "{text}");
 }
 
 #[test]
@@ -265,6 +276,35 @@ fn speed_measures_every_combination() {
     assert!(lines.iter().all(|line| line.len() == lines[0].len()), "{csv}");
     assert_eq!([lines[1][column("test")], lines[2][column("test")]], ["pp3", "tg1"]);
     assert_eq!(lines[1][column("model")], "untied");
+}
+
+#[test]
+fn prefill_has_threads_of_its_own() {
+    let model = TinyModel::named("tied");
+    let args = ["speed", "--model-dir", text(&model.dir), "-p", "3", "-n", "2", "-r", "1", "--json"];
+    let result = json(&[&args[..], &["-t", "1", "--threads-batch", "2,1"]].concat());
+    let tests = result["tests"].as_array().unwrap();
+    let found: Vec<_> =
+        tests.iter().map(|t| (t["test"].as_str().unwrap(), t["threads"].as_u64().unwrap())).collect();
+    assert_eq!(found, [("pp3", 1), ("tg2", 1), ("pp3", 2)]);
+}
+
+#[test]
+fn the_fast_lane_is_measured_against_its_own_peak() {
+    if Numerics::fast(Isa::detect()).is_none() {
+        return;
+    }
+    let model = TinyModel::named("tied");
+    let args =
+        ["speed", "--model-dir", text(&model.dir), "-p", "9", "-n", "0", "-r", "1", "-t", "1", "--profile"];
+    let result = json(&[&args[..], &["--json", "--numerics", "fast"]].concat());
+    let (test, peak) = (&result["tests"][0], &result["rooflines"][0]["fast_gflop_s"]);
+    assert_eq!(peak["numerics"], result["numerics"]);
+    assert_eq!(test["limit"], peak["median"]);
+    assert!(test["share"].as_f64() > Some(0.0));
+    let profile = test["profile"].as_array().unwrap();
+    let down = profile.iter().find(|o| o["operation"] == "down").unwrap();
+    assert!(down["limit_share"].as_f64() > Some(0.0), "{down}");
 }
 
 #[test]
@@ -392,7 +432,7 @@ fn the_fast_lane_is_compared_with_the_exact_one() {
     let rest = ["--model-dir", text(&model.dir), "--tokens", text(&ids)];
     let quality = [&["quality"], &rest[..]].concat();
     assert!(error(&[&quality[..], &["--isa", "portable"]].concat()).contains("no fast lane"));
-    if mruntime::Numerics::fast(Isa::detect()).is_none() {
+    if Numerics::fast(Isa::detect()).is_none() {
         return;
     }
     let result = json(&[&quality[..], &["--json"]].concat());

@@ -35,7 +35,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let mut pool = Pool::new(cli.threads.unwrap_or_else(mr_cli::all_cores))?;
+    let decode_threads = cli.threads.unwrap_or_else(mr_cli::all_cores);
+    let prefill_threads = cli.threads_batch.unwrap_or(decode_threads);
+    let mut pool = Pool::new(decode_threads.max(prefill_threads))?;
     let verify = if cli.verify { Verify::Full } else { Verify::Header };
     // Weights that are on disk only come in while the rest starts, and while the user types.
     let prefault = Prefault::Background;
@@ -54,6 +56,7 @@ fn run(cli: &Cli) -> Result<()> {
     let mut scratch = qwen2_init_scratch(&cfg, &limits, isa, &mut arenas.scratch.bump())?;
     let numerics = cli.numerics.get(isa)?;
     scratch.set_numerics(numerics);
+    scratch.set_threads(prefill_threads, decode_threads);
     let sampling = cli.sampling(&defaults);
     let sampler = Sampler::new(sampling, cfg.vocab_size as usize, isa)?;
 
