@@ -1,7 +1,6 @@
 //! AVX-512: 16 lanes in one 512-bit register.
 //!
-//! Of 32 registers the 12 × 32 tile takes 24 for accumulators and 2 for the right-hand side; the left-hand side is
-//! broadcast by the FMA's own memory operand.
+//! Of 32 registers the 12 × 32 tile takes 24 for accumulators, 2 for the right-hand side and 1 for the broadcast.
 
 use std::arch::x86_64::*;
 

@@ -8,8 +8,9 @@ use mrt_kernels::{
 use crate::kv_cache::{KvShape, v_row};
 use crate::pool::{Blocks, Chunks, PerWorker, Pool};
 
-/// Parts a thread, where there is enough work: the more, the less a join waits for a thread that is slowed down.
-const PARTS_PER_THREAD: usize = 8;
+/// Parts a thread, where one row's work is enough for them: the more, the less a join waits for a thread that is slowed
+/// down. With more rows parts are smaller, as a panel takes longer.
+const PARTS_PER_THREAD: usize = 16;
 
 /// The most panels of a part: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
@@ -58,7 +59,7 @@ pub(crate) fn linear(
     pool: &mut Pool,
 ) {
     let count = panel_count(out.columns());
-    let part = (count / (pool.threads() * PARTS_PER_THREAD)).clamp(1, MAX_PART_PANELS);
+    let part = (count / (pool.threads() * PARTS_PER_THREAD * out.rows())).clamp(1, MAX_PART_PANELS);
     let (rows, rhs) = (out.rows(), Rhs::weights(panels, lhs.k));
     let rhs = |i: usize| rhs.from_panel(i * part * epilogue.panels_per_output());
     let workers = PerWorker::new(products.workers, products.worker_len);
