@@ -7,6 +7,7 @@ use crate::arena::{Arena, Bump, aligned_bytes};
 use crate::error::Error;
 use crate::kv_cache::{KvCache, KvShape, kv_cache_bytes};
 use crate::ops::{self, Heads, Products};
+use crate::platform::physical_memory;
 use crate::pool::Pool;
 use crate::weights::Qwen2Weights;
 
@@ -66,9 +67,15 @@ pub fn qwen2_memory_sizes(cfg: &Qwen2Config, limits: &Limits) -> Result<MemorySi
 /// Allocates the KV cache and scratch arenas.
 ///
 /// # Errors
-/// As [`qwen2_memory_sizes`], and when the system refuses the memory.
+/// As [`qwen2_memory_sizes`], and when the memory is more than the machine has, or the system refuses it.
 pub fn create_qwen2_arenas(cfg: &Qwen2Config, limits: &Limits) -> Result<Qwen2Arenas, Error> {
     let sizes = qwen2_memory_sizes(cfg, limits)?;
+    // Linux may promise any amount, and end the process when it is used.
+    let bytes = sizes.kv_cache.saturating_add(sizes.scratch);
+    if let Some(memory) = physical_memory().filter(|&memory| bytes > memory) {
+        let reason = format!("this machine has {memory}; take a smaller context or batch");
+        return Err(Error::Memory { bytes, reason });
+    }
     Ok(Qwen2Arenas { kv_cache: Arena::sparse(sizes.kv_cache)?, scratch: Arena::sparse(sizes.scratch)? })
 }
 
@@ -622,6 +629,18 @@ pub(crate) mod tests {
             error.contains(&format!("{} tokens", 1u64 << 40)) && error.contains(&format!("{kv} bytes")),
             "{error}"
         );
+        // As long as the model was trained for, and still more than a machine has.
+        let cfg = Qwen2Config { max_position_embeddings: 1 << 31, num_layers: 10_000, ..CFG };
+        let limits = Limits { context: 1 << 31, batch: 1, threads: 1 };
+        let MemorySizes { kv_cache, scratch, .. } = qwen2_memory_sizes(&cfg, &limits).unwrap();
+        assert_eq!(kv_cache, 10_000 * 2 * ((1 << 26) * 41 + 2 * ((1 << 31) + 1)) * 64);
+        let error = create_qwen2_arenas(&cfg, &limits).err().unwrap().to_string();
+        assert!(
+            error.starts_with(&format!("cannot allocate {} bytes of memory: ", kv_cache + scratch)),
+            "{error}"
+        );
+        assert_eq!(error.contains("this machine has "), physical_memory().is_some(), "{error}");
+
         let kv = sizes(4096, 512, 2).unwrap().kv_cache;
         // Two layers and two heads: 128 panels of 41 rows for K, two of 4097 rows for V; 64 bytes a row.
         assert_eq!(kv, 2 * 2 * (128 * 41 + 2 * 4097) * 64);

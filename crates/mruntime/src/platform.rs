@@ -1,5 +1,6 @@
 //! All that differs from one operating system to another: mapping and its advice, reading at an offset, making a name
-//! durable, counting the cores.
+//! durable, counting cores
+//! and memory.
 
 use std::fs::File;
 use std::io;
@@ -117,6 +118,33 @@ fn fast_cores() -> Option<usize> {
 /// Apple's first performance level.
 #[cfg(any(target_os = "macos", target_os = "ios"))]
 fn fast_cores() -> Option<usize> {
+    let cores: std::ffi::c_int = sysctl(c"hw.perflevel0.logicalcpu")?;
+    usize::try_from(cores).ok().filter(|&cores| cores > 0)
+}
+
+/// The bytes of memory that this machine has, if the system tells.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(crate) fn physical_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// The bytes of memory that this machine has, if the system tells.
+#[cfg(any(target_os = "macos", target_os = "ios"))]
+pub(crate) fn physical_memory() -> Option<u64> {
+    sysctl(c"hw.memsize")
+}
+
+/// Nobody is asked here.
+#[cfg(not(any(target_os = "linux", target_os = "android", target_os = "macos", target_os = "ios")))]
+pub(crate) fn physical_memory() -> Option<u64> {
+    None
+}
+
+/// A number that the kernel states under `name`; none if there is no such name, or it is of another size than `T`.
+#[cfg(any(target_os = "macos", target_os = "ios"))]
+fn sysctl<T: bytemuck::Pod>(name: &std::ffi::CStr) -> Option<T> {
     use std::ffi::{c_char, c_int, c_void};
     unsafe extern "C" {
         fn sysctlbyname(
@@ -127,18 +155,12 @@ fn fast_cores() -> Option<usize> {
             new_len: usize,
         ) -> c_int;
     }
-    let (mut cores, mut len): (c_int, usize) = (0, size_of::<c_int>());
-    // SAFETY: the name ends with a zero byte; the value goes to `cores`, whose size `len` says; nothing is set.
+    let (mut value, mut len) = (T::zeroed(), size_of::<T>());
+    // SAFETY: the value goes to `value`, whose size `len` says and for which any bytes are valid; nothing is set.
     let status = unsafe {
-        sysctlbyname(
-            c"hw.perflevel0.logicalcpu".as_ptr(),
-            (&raw mut cores).cast(),
-            &raw mut len,
-            std::ptr::null_mut(),
-            0,
-        )
+        sysctlbyname(name.as_ptr(), (&raw mut value).cast(), &raw mut len, std::ptr::null_mut(), 0)
     };
-    usize::try_from(cores).ok().filter(|&cores| status == 0 && cores > 0)
+    (status == 0 && len == size_of::<T>()).then_some(value)
 }
 
 /// Nobody is asked here.
