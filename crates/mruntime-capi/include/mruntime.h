@@ -145,6 +145,11 @@ typedef struct mruntime_info {
     uint32_t mapped;
     // Threads of the pool that the model's sessions share.
     uint32_t threads;
+    // What numerics 1 of a session means on this machine: 0 the same as 0, for there is nothing faster; otherwise the
+    // number of a fast lane: 1 BF16 products.
+    uint32_t fast_numerics;
+    // 0
+    uint32_t reserved;
 } mruntime_info;
 
 // How tokens are chosen. All zeros: the most probable one, always.
@@ -178,6 +183,11 @@ typedef struct mruntime_session_options {
     // 0: the session shares the model's pool with other sessions, a prefill step or token at a time. Otherwise it has a
     // pool of its own of so many threads.
     uint32_t threads;
+    // 0: the same bits on every machine, for any number of threads and any batches. 1: what this machine is faster at, at
+    // the price of that; see fast_numerics of mruntime_info.
+    uint32_t numerics;
+    // 0
+    uint32_t reserved;
 } mruntime_session_options;
 
 // Bytes that a session needs beside the weights.

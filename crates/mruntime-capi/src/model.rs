@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mruntime::{Backing, Model, OpenOptions, Pool};
 
-use crate::options::mruntime_session_options;
+use crate::options::{fast_numerics, mruntime_session_options};
 use crate::options::{mruntime_info, mruntime_memory, mruntime_open_options, mruntime_sampling};
 use crate::pointers::{c_text, fill, read_sized, reference, slice, store, write_sized};
 use crate::session::limits;
@@ -214,6 +214,8 @@ pub unsafe extern "C" fn mruntime_model_info(
             head_dim: cfg.head_dim,
             mapped: (model.backing() == Some(Backing::Map)).into(),
             threads: *threads as u32,
+            fast_numerics: fast_numerics().id(),
+            reserved: 0,
         };
         write_sized(info, value, "info")
     })
@@ -280,7 +282,9 @@ pub unsafe extern "C" fn mruntime_memory_sizes(
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let shared = &*reference(model, "model")?.0;
-        let limits = limits(shared, &read_sized(options, "options")?)?;
+        let options = read_sized(options, "options")?;
+        options.numerics()?;
+        let limits = limits(shared, &options);
         let mruntime::MemorySizes { weights, kv_cache, scratch } =
             mruntime::qwen2_memory_sizes(shared.model.config(), &limits)?;
         write_sized(memory, mruntime_memory { size: 0, weights, kv_cache, scratch }, "memory")

@@ -1,6 +1,8 @@
 //! Structures that a program fills, or has filled.
 
-use mruntime::{Backing, Digest, GenerationDefaults, OpenOptions, Prefault, SamplingOptions, Verify};
+use mruntime::{
+    Backing, Digest, GenerationDefaults, Isa, Numerics, OpenOptions, Prefault, SamplingOptions, Verify,
+};
 
 use crate::pointers::{WithSize, reference};
 use crate::status::Failure;
@@ -41,6 +43,11 @@ pub struct mruntime_session_options {
     /// 0: the session shares the model's pool with other sessions, a prefill step or token at a time. Otherwise it has a
     /// pool of its own of so many threads.
     pub threads: u32,
+    /// 0: the same bits on every machine, for any number of threads and any batches. 1: what this machine is faster at, at
+    /// the price of that; see fast_numerics of mruntime_info.
+    pub numerics: u32,
+    /// 0
+    pub reserved: u32,
 }
 
 /// How tokens are chosen. All zeros: the most probable one, always.
@@ -97,6 +104,11 @@ pub struct mruntime_info {
     pub mapped: u32,
     /// Threads of the pool that the model's sessions share.
     pub threads: u32,
+    /// What numerics 1 of a session means on this machine: 0 the same as 0, for there is nothing faster; otherwise the
+    /// number of a fast lane: 1 BF16 products.
+    pub fast_numerics: u32,
+    /// 0
+    pub reserved: u32,
 }
 
 /// Bytes that a session needs beside the weights.
@@ -197,6 +209,18 @@ impl mruntime_open_options {
             lock: choice("lock", self.lock, &[false, true])?,
             expected_root,
         })
+    }
+}
+
+/// What numerics 1 of a session means.
+pub(crate) fn fast_numerics() -> Numerics {
+    Numerics::fast(Isa::detect()).unwrap_or(Numerics::Exact)
+}
+
+impl mruntime_session_options {
+    pub(crate) fn numerics(&self) -> Result<Numerics, Failure> {
+        choice("reserved", self.reserved, &[()])?;
+        choice("numerics", self.numerics, &[Numerics::Exact, fast_numerics()])
     }
 }
 

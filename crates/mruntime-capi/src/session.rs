@@ -34,17 +34,17 @@ pub(crate) struct State {
     pub shared: Arc<Shared>,
 }
 
-/// What a session's options mean.
-pub(crate) fn limits(shared: &Shared, options: &mruntime_session_options) -> Result<Limits, Failure> {
+/// What a session's options say about memory.
+pub(crate) fn limits(shared: &Shared, options: &mruntime_session_options) -> Limits {
     const CONTEXT: usize = 4096;
     const BATCH: usize = 512;
     let or = |number: usize, default| if number == 0 { default } else { number };
     let trained = shared.model.config().max_position_embeddings as usize;
-    Ok(Limits {
+    Limits {
         context: or(usize::try_from(options.context).unwrap_or(usize::MAX), trained.min(CONTEXT)),
         batch: or(options.batch as usize, BATCH),
         threads: or(options.threads as usize, shared.threads),
-    })
+    }
 }
 
 impl State {
@@ -208,13 +208,16 @@ pub unsafe extern "C" fn mruntime_session_create(
         store(session, std::ptr::null_mut(), "session")?;
         let shared = &reference(model, "model")?.0;
         let options = read_sized(options, "options")?;
-        let (limits, cfg) = (limits(shared, &options)?, *shared.model.config());
+        let (numerics, cfg) = (options.numerics()?, *shared.model.config());
         let state = State::new(
             shared,
-            limits,
+            limits(shared, &options),
             options.threads != 0,
             SamplingOptions::GREEDY,
-            |weights, kv, scratch| Ok(Session::new(cfg, weights, kv, scratch)),
+            |weights, kv, mut scratch| {
+                scratch.set_numerics(numerics);
+                Ok(Session::new(cfg, weights, kv, scratch))
+            },
         )?;
         store(session, mruntime_session::into_handle(state), "session")
     })

@@ -1,83 +1,13 @@
 //! What a C program can do wrong gives a status and a text, and leaves everything usable.
 
-use std::ffi::{CStr, c_char, c_void};
-use std::path::PathBuf;
+mod common;
+
+use std::ffi::{c_char, c_void};
 use std::ptr::{null, null_mut};
 
+use common::{Setup, c_string, refused};
 use mruntime_capi::mruntime_status::*;
 use mruntime_capi::*;
-use mruntime_tests::TinyModel;
-
-/// A tiny model with a tokenizer, and a session.
-struct Setup {
-    folder: tempfile::TempDir,
-    path: PathBuf,
-    model: *mut mruntime_model,
-    session: *mut mruntime_session,
-}
-
-impl Setup {
-    fn new() -> Setup {
-        let folder = tempfile::tempdir().unwrap();
-        let hf = folder.path().join("hf");
-        std::fs::create_dir(&hf).unwrap();
-        let tiny = TinyModel::named("tied");
-        let fixture =
-            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tools/mruntime_chat/tests/fixture");
-        for from in [tiny.dir.clone(), fixture] {
-            for file in std::fs::read_dir(from).unwrap() {
-                let file = file.unwrap();
-                std::fs::copy(file.path(), hf.join(file.file_name())).unwrap();
-            }
-        }
-        let path = folder.path().join("tiny.mrt");
-        TinyModel { dir: hf, ..tiny }.convert(&path, 1);
-        let (mut model, mut session) = (null_mut(), null_mut());
-        let options = mruntime_open_options {
-            size: size_of::<mruntime_open_options>(),
-            threads: 2,
-            ..mruntime_open_options::default()
-        };
-        let name = c_string(&path);
-        // SAFETY: valid pointers.
-        unsafe {
-            assert_eq!(
-                mruntime_model_open(name.as_ptr(), &options, &mut model),
-                MRUNTIME_OK,
-                "{}",
-                last_error()
-            );
-            assert_eq!(mruntime_session_create(model, null(), &mut session), MRUNTIME_OK, "{}", last_error());
-        }
-        Setup { folder, path, model, session }
-    }
-}
-
-impl Drop for Setup {
-    fn drop(&mut self) {
-        // SAFETY: handles of the interface, or null.
-        unsafe {
-            mruntime_model_close(&mut self.model);
-            mruntime_session_close(&mut self.session);
-        }
-        assert!(self.model.is_null() && self.session.is_null());
-    }
-}
-
-fn c_string(path: &std::path::Path) -> std::ffi::CString {
-    std::ffi::CString::new(path.to_str().unwrap()).unwrap()
-}
-
-fn last_error() -> String {
-    // SAFETY: a text that ends with a zero byte, valid until the next failure of this thread.
-    unsafe { CStr::from_ptr(mruntime_last_error()) }.to_str().unwrap().to_owned()
-}
-
-#[track_caller]
-fn refused(status: mruntime_status, expected: mruntime_status, message: &str) {
-    assert_eq!(status, expected, "{}", last_error());
-    assert!(last_error().contains(message), "{}", last_error());
-}
 
 extern "C" fn go_on(_: *mut c_void, _: u32) -> i32 {
     0
@@ -169,6 +99,8 @@ fn wrong_sizes_and_values_are_refused() {
     refused(create(|o| o.size = 1 << 30), MRUNTIME_INVALID_ARGUMENT, "set its size to sizeof");
     refused(create(|o| o.context = 1 << 50), MRUNTIME_INVALID_ARGUMENT, "bytes");
     refused(create(|o| o.threads = 5000), MRUNTIME_INVALID_ARGUMENT, "cannot run on 5000 threads");
+    refused(create(|o| o.batch = u32::MAX), MRUNTIME_MEMORY, " bytes of memory: ");
+    refused(create(|o| o.numerics = 2), MRUNTIME_INVALID_ARGUMENT, "numerics is 2; it must be from 0 to 1");
 
     // A newer program's structure: more fields, which must be 0.
     #[repr(C)]
@@ -256,7 +188,7 @@ fn bad_utf8_and_bad_files_are_refused() {
         let unaligned =
             mruntime_model_open_memory([0u64; 9].as_ptr().byte_add(1).cast(), 64, null(), &mut new);
         refused(unaligned, MRUNTIME_INVALID_ARGUMENT, "align its bytes to 64");
-        let not = setup.folder.path().join("hf/config.json");
+        let not = setup.path.with_file_name("hf").join("config.json");
         refused(
             mruntime_model_open(c_string(&not).as_ptr(), null(), &mut new),
             MRUNTIME_FORMAT,
@@ -308,54 +240,4 @@ fn detokenize_len(setup: &Setup, tokens: &[u32]) -> usize {
     };
     assert_eq!(status, MRUNTIME_OK);
     count
-}
-
-/// What the callbacks get.
-struct Seen {
-    session: *mut mruntime_session,
-    tokens: Vec<u32>,
-    nested: Option<mruntime_status>,
-    cancel_at: usize,
-}
-
-extern "C" fn note(user: *mut c_void, token: u32) -> i32 {
-    // SAFETY: the test passes a `Seen`.
-    let seen = unsafe { &mut *user.cast::<Seen>() };
-    seen.tokens.push(token);
-    // SAFETY: an open session, which is in use.
-    seen.nested = Some(unsafe { mruntime_session_reset(seen.session) });
-    if seen.tokens.len() == seen.cancel_at {
-        // SAFETY: an open session.
-        assert_eq!(unsafe { mruntime_session_cancel(seen.session) }, MRUNTIME_OK);
-    }
-    0
-}
-
-#[test]
-fn a_session_refuses_a_second_call_can_be_cancelled_and_goes_on() {
-    let mut setup = Setup::new();
-    let session = setup.session;
-    let mut seen = Seen { session, tokens: Vec::new(), nested: None, cancel_at: 5 };
-    let user: *mut c_void = (&raw mut seen).cast();
-    let mut done = mruntime_generated::default();
-    // SAFETY: valid pointers.
-    unsafe {
-        assert_eq!(mruntime_session_feed(session, [100, 101, 102].as_ptr(), 3), MRUNTIME_OK);
-        assert_eq!(mruntime_session_generate(session, 20, Some(note), user, &mut done), MRUNTIME_OK);
-        assert_eq!((done.tokens, done.stop), (5, mruntime_stop::MRUNTIME_STOP_CANCELLED));
-        assert_eq!(seen.nested, Some(MRUNTIME_BUSY));
-        assert_eq!(mruntime_session_generate(session, 4, Some(note), user, &mut done), MRUNTIME_OK);
-        assert_eq!((done.tokens, done.stop), (4, mruntime_stop::MRUNTIME_STOP_MAX_TOKENS));
-        // The same in one go, in a session that outlives its model's handle.
-        let mut fork = null_mut();
-        assert_eq!(mruntime_session_truncate(session, 3), MRUNTIME_OK);
-        assert_eq!(mruntime_session_fork(session, &mut fork), MRUNTIME_OK);
-        mruntime_model_close(&mut setup.model);
-        assert!(setup.model.is_null());
-        let mut again = Seen { session: fork, tokens: Vec::new(), nested: None, cancel_at: 0 };
-        let user = (&raw mut again).cast();
-        assert_eq!(mruntime_session_generate(fork, 9, Some(note), user, null_mut()), MRUNTIME_OK);
-        assert_eq!(again.tokens, seen.tokens);
-        mruntime_session_close(&mut fork);
-    }
 }

@@ -67,20 +67,21 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// A second session with the same text, in memory of its own: what both have in common is computed once. `kv` and
-    /// `scratch` are new ones for the same model; the context may have another size.
+    /// A second session with the same text and numerics, in memory of its own: what both have in common is computed once.
+    /// `kv` and `scratch` are new ones for the same model; the context may have another size.
     ///
     /// # Errors
     /// When the text does not fit into the context of `kv`.
     ///
     /// # Panics
     /// If `kv` was made for another model.
-    pub fn fork(&self, mut kv: KvCache<'a>, scratch: Scratch<'a>) -> Result<Session<'a>, Error> {
+    pub fn fork(&self, mut kv: KvCache<'a>, mut scratch: Scratch<'a>) -> Result<Session<'a>, Error> {
         if self.tokens.len() > kv.context() {
             let (tokens, context) = (self.tokens.len(), kv.context());
             return Err(Error::ContextFull { tokens, used: 0, context });
         }
         kv.copy_from(&self.kv);
+        scratch.set_numerics(self.scratch.numerics());
         let mut tokens = Vec::with_capacity(kv.context() + 1);
         tokens.extend_from_slice(&self.tokens);
         Ok(Session { cfg: self.cfg, weights: self.weights, kv, scratch, tokens, has_logits: false })
