@@ -36,7 +36,8 @@ impl Numerics {
         }
     }
 
-    /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`, 4 `fast-kleidiai`. Numbers are never used again.
+    /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`, 4 `fast-kleidiai`. Numbers are never
+    /// used again.
     pub fn id(self) -> u32 {
         match self {
             Numerics::Exact => 0,

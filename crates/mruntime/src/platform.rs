@@ -1,6 +1,5 @@
 //! All that differs from one operating system to another: mapping and its advice, reading at an offset, making a name
-//! durable, counting cores
-//! and memory.
+//! durable, counting cores and memory.
 
 use std::fs::File;
 use std::io;
