@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 
 use mrt_format::{
     CONVERSION_REPORT, Counts, Digest, GENERATION, GenerationDefaults, NewSection, PackScratch, ReportEntry,
-    SourceDtype, TensorSource, pack_arena_range, plan_file, prologue_bytes, qwen2_source_count,
-    qwen2_source_tensors, qwen2_weights_layout, report_from_bytes, report_to_bytes, sha256,
+    SourceDtype, TOKENIZER, TensorSource, TokenizerSection, pack_arena_range, plan_file, prologue_bytes,
+    qwen2_source_count, qwen2_source_tensors, qwen2_weights_layout, report_from_bytes, report_to_bytes,
+    sha256,
 };
 use mruntime::{Error, Model, OpenOptions, Pool, Qwen2Config, Verify};
 use serde::{Deserialize, Serialize};
@@ -448,6 +449,46 @@ fn cases() -> Vec<(String, &'static str, Edit)> {
     let edit_bos = edit().u32(GENERATION_AT, 0).section_digest(1).root();
     add("generation: bos_token without its flag", "BadGeneration", edit_bos);
 
+    // The smallest tokenizer in the licence's place; behind it is padding, so it may be longer.
+    let tokenizer_bytes = 64 + 4352 + 256 + 4 * 256;
+    let tokenizer = |field: Option<(usize, u32)>, more: i64| {
+        let bytes = tokenizer_bytes as i64 + more;
+        let edit =
+            edit().put(LICENSE, &[0; 18]).put(license, &name(TOKENIZER)).u64(license + 48, bytes as u64);
+        let edit = edit.u32(LICENSE + 4, 1).u32(LICENSE + 24, 1);
+        let edit = if let Some((at, value)) = field { edit.u32(LICENSE + at, value) } else { edit };
+        edit.section_digest(3).root()
+    };
+    let valid_one = tokenizer(None, 0).0;
+    assert!(TokenizerSection::new(&valid_one[LICENSE..][..tokenizer_bytes]).is_ok());
+    let fields = [
+        ("flags", 0, 2),
+        ("flags", 0, 1 << 31),
+        ("word_split", 4, 0),
+        ("word_split", 4, 4),
+        ("digit_split", 8, 3),
+        ("token_count", 12, 1),
+        ("token_count", 12, 16_776_705),
+        ("added_count", 16, 1),
+        ("added_count", 16, u32::MAX),
+        ("normalized_count", 20, u32::MAX),
+        ("class_blocks", 24, 0),
+        ("class_blocks", 24, 2),
+        ("class_blocks", 24, 257),
+        ("bucket_count", 28, u32::MAX),
+        ("slot_count", 32, 1 << 30),
+        ("text_bytes", 40, 1),
+        ("reserved", 44, 1),
+        ("reserved", 60, 1 << 31),
+    ];
+    for (field, at, value) in fields {
+        add(&format!("tokenizer: {field} {value:#x}"), "BadTokenizer", tokenizer(Some((at, value)), 0));
+    }
+    for more in [-(tokenizer_bytes as i64), 63 - tokenizer_bytes as i64, -1, 1] {
+        let bytes = tokenizer_bytes as i64 + more;
+        add(&format!("tokenizer: {bytes} bytes"), "BadTokenizer", tokenizer(None, more));
+    }
+
     add("chunk_table: another digest", "ChunkDamaged", edit().put(CHUNK_TABLE, &[0; 32]).root());
     for at in [ARENA, ARENA + 640, valid.len() - 1] {
         add(&format!("weights: byte {at}"), "ChunkDamaged", edit().put(at, &[valid[at] ^ 1]));
@@ -555,6 +596,9 @@ fn check(path: &Path, expected_root: Option<Digest>, pool: &mut Pool) -> Result<
     let report = model.section(CONVERSION_REPORT)?.unwrap();
     report_from_bytes(model.config(), &report).map_err(invalid)?;
     model.section("LICENSE")?;
+    if let Some(tokenizer) = model.section(TOKENIZER)? {
+        TokenizerSection::new(&tokenizer).map_err(invalid)?;
+    }
     model.verify(pool)
 }
 
@@ -614,8 +658,8 @@ fn every_field_is_attacked() {
         }
     }
     assert_eq!(fields, 27 + 7);
-    // And each step has one; but a tokenizer's header is attacked where it is read, in mruntime-text.
-    for step in (1..=34).filter(|&step| step != step_of("BadTokenizer")) {
+    // And each step has one.
+    for step in 1..=34 {
         assert!(invalid.iter().any(|file| file.step == step), "step {step}");
     }
 }

@@ -218,6 +218,8 @@ class Mrt:
                 self.check_generation(content)
             elif name == "conversion_report":
                 self.check_report(content)
+            elif name == "tokenizer":
+                self.check_tokenizer(content)
         for i, digest in enumerate(self.chunks):
             start = i * CHUNK
             chunk = self.read(self.arena_offset + start, min(CHUNK, self.arena_bytes - start))
@@ -241,6 +243,16 @@ class Mrt:
             and not any(stops[count:]) and (flags & 2 or bos == 0) and not any(content[96:])
         )
         check(good, "BadGeneration")
+
+    def check_tokenizer(self, content):
+        check(len(content) >= 64, "BadTokenizer", "shorter than its header")
+        flags, words, digits, tokens, added, normalized, blocks, buckets, slots, _, texts = struct.unpack_from("<11I", content)
+        good = (
+            flags <= 1 and 1 <= words <= 3 and digits <= 2 and tokens <= 16776704 and 1 <= blocks <= 256
+            and not any(content[44:64])
+        )
+        arrays = 4352 + 256 * blocks + 4 * 256 + 12 * (added + normalized) + 2 * buckets + 4 * slots + 6 * tokens + texts
+        check(good and len(content) == 64 + arrays, "BadTokenizer")
 
     def unpack(self):
         """Yields (source name, FP16 bits as uint16 in the source's shape)."""

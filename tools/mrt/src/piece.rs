@@ -1,7 +1,8 @@
 //! A file in pieces that can be checked alone: prologue, sections, padding, chunks of the arena.
 
 use mrt_format::{
-    CONVERSION_REPORT, FormatError, GENERATION, GenerationDefaults, Prologue, TENSOR_TABLE, report_from_bytes,
+    CONVERSION_REPORT, FormatError, GENERATION, GenerationDefaults, Prologue, TENSOR_TABLE, TOKENIZER,
+    TokenizerSection, report_from_bytes,
 };
 
 /// A part of a file behind its prologue.
@@ -50,6 +51,7 @@ impl Piece {
                     TENSOR_TABLE => prologue.check_tensor_table(content),
                     CONVERSION_REPORT => report_from_bytes(prologue.config(), content).map(drop),
                     GENERATION => GenerationDefaults::from_bytes(prologue.config(), content).map(drop),
+                    TOKENIZER => TokenizerSection::new(content).map(drop),
                     _ => Ok(()),
                 }
             }

@@ -133,6 +133,32 @@ fn a_flipped_bit_anywhere_is_found() {
     }
 }
 
+/// The files of `tests/vectors`, each of which breaks one rule of the format.
+#[test]
+fn every_invalid_vector_is_refused() {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/vectors/files.json");
+    let vectors: Value = serde_json::from_slice(&std::fs::read(vectors).unwrap()).unwrap();
+    let made = |mut bytes: Vec<u8>, file: &Value| {
+        bytes.resize(file["bytes"].as_u64().unwrap() as usize, 0);
+        for piece in file["pieces"].as_array().unwrap() {
+            let (at, digits) = (piece[0].as_u64().unwrap() as usize, piece[1].as_str().unwrap());
+            for i in 0..digits.len() / 2 {
+                bytes[at + i] = u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).unwrap();
+            }
+        }
+        bytes
+    };
+    let valid = made(Vec::new(), &vectors["valid"]);
+    let (_dir, path) = write(&valid);
+    assert_eq!(outcome("verify", &path, &["--root", vectors["valid"]["root"].as_str().unwrap()]).0, 0);
+    for file in vectors["invalid"].as_array().unwrap() {
+        std::fs::write(&path, made(valid.clone(), file)).unwrap();
+        let root = file["expected_root"].as_str().map(|root| ["--root", root]);
+        let (code, _, stderr) = outcome("verify", &path, root.as_ref().map_or(&[], |args| args));
+        assert_eq!((code, stderr.lines().count()), (1, 1), "{}: {stderr}", file["name"]);
+    }
+}
+
 #[test]
 fn what_is_no_model_file_is_refused_in_one_line() {
     let (bytes, _) = four_chunks();
