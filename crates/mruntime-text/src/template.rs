@@ -29,6 +29,9 @@ const MAX_TIME: Duration = Duration::from_secs(5);
 /// Longest text that a template may write, in bytes: more than the largest context holds.
 const MAX_TEXT_BYTES: usize = 16 << 20;
 
+/// Longest message of an error; the rest is left out.
+const MAX_MESSAGE_CHARS: usize = 500;
+
 /// A model's chat template, ready to render.
 ///
 /// What transformers gives to templates is there: `trim_blocks` and `lstrip_blocks`, `raise_exception`, `strftime_now`,
@@ -198,7 +201,9 @@ fn template_error(error: Error) -> TextError {
         (kind, _, Some(detail)) => format!("{kind}: {detail}"),
         (kind, _, None) => kind.to_string(),
     };
+    // The words may be the template's own.
     let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
+    let message = message.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE_CHARS).collect();
     TextError::Template { line: error.line(), message }
 }
 
@@ -239,6 +244,10 @@ mod tests {
             )
             .unwrap_err(),
             "chat template, line 3: no system"
+        );
+        assert_eq!(
+            render("{{ raise_exception('no\\u001b[2J' ~ 'o' * 1000) }}").unwrap_err(),
+            format!("chat template, line 1: no[2J{}", "o".repeat(495))
         );
         assert!(render("a\n\n{% if %}").unwrap_err().starts_with("chat template, line 3: syntax error: "));
         assert_eq!(

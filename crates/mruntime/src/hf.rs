@@ -32,6 +32,9 @@ const CHUNK_BYTES: usize = 4 << 20;
 /// Larger files beside the weights are refused: the largest tokenizers have some 30 MB.
 const MAX_SMALL_FILE_BYTES: u64 = 64 << 20;
 
+/// Longest text of a problem. The longest that quote nothing have some 200 characters.
+const MAX_PROBLEM_CHARS: usize = 500;
+
 /// A Qwen2 directory, opened and checked; the weights are still in their files.
 #[derive(Debug)]
 pub struct Qwen2Dir {
@@ -135,8 +138,18 @@ impl HfError {
     }
 
     fn bad(path: &Path, problem: impl Into<String>) -> Self {
-        HfError::Invalid { path: path.into(), problem: problem.into() }
+        HfError::Invalid { path: path.into(), problem: quotable(&problem.into()) }
     }
+}
+
+/// What is wrong may quote what the file says: no control characters of it, and no more than fits on a screen.
+fn quotable(problem: &str) -> String {
+    let clean = |c: char| if c.is_control() { '?' } else { c };
+    let mut text: String = problem.chars().take(MAX_PROBLEM_CHARS).map(clean).collect();
+    if problem.chars().nth(MAX_PROBLEM_CHARS).is_some() {
+        text.push_str("...");
+    }
+    text
 }
 
 /// The whole of a small regular file; `None` if there is none of this name.

@@ -447,7 +447,8 @@ mod tests {
     fn refuses_what_does_not_fit_the_config() {
         const Q: &str = "model.layers.0.self_attn.q_proj.weight";
         type Change = fn(&mut Value, &mut Vec<u8>);
-        let table: [(Change, &str); 9] = [
+        let table: [(Change, &str); 10] = [
+            (|h, _| h[Q]["dtype"] = json!("a\n\u{1b}[2J"), "unknown variant `a??[2J`"),
             (|h, _| h[Q]["shape"] = json!([4, 16]), "has shape [4, 16]; config.json makes it [8, 8]"),
             (|h, _| h[Q]["shape"] = json!([64]), "has shape [64]; config.json makes it [8, 8]"),
             (|h, _| h[Q]["dtype"] = json!("I16"), "q_proj.weight is I16; BF16, F16 and F32 are supported"),
