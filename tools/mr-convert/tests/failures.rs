@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::*;
 use half::bf16;
@@ -315,16 +315,32 @@ fn an_interrupted_conversion_leaves_nothing() {
     assert!(interrupted > 0, "no signal came while the conversion ran");
 }
 
+/// Numbers from 0 to 1, by Knuth's MMIX generator.
+#[cfg(unix)]
+fn random_fractions(mut state: u64) -> impl FnMut() -> f64 {
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
 #[cfg(unix)]
 #[test]
 fn a_killed_conversion_leaves_the_old_target_or_the_new_one() {
     let (model, out_dir) = (slow_model(), tempdir().unwrap());
     let out = out_dir.path().join("out.mrt");
-    convert(model.path(), &out, &[]);
+    let start = Instant::now();
+    convert(model.path(), &out, &["--threads", "1"]);
+    let took = start.elapsed();
     let new = std::fs::read(&out).unwrap();
+    let seed = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    println!("seed {seed}, {took:?}");
+    let mut random = random_fractions(seed);
     let mut left = 0;
-    for millis in 0..100 {
-        stopped(model.path(), Duration::from_millis(millis), "KILL", &new, out_dir.path());
+    for _ in 0..100 {
+        // From the start of the program to somewhat after its end.
+        let pause = took.mul_f64(1.2 * random());
+        stopped(model.path(), pause, "KILL", &new, out_dir.path());
         // What a killed program leaves is under another name, and no reader takes it for a model.
         for name in names(out_dir.path()).into_iter().filter(|name| name != "out.mrt") {
             assert!(name.starts_with(".out.mrt.") && name.ends_with(".tmp"), "{name}");
@@ -332,5 +348,6 @@ fn a_killed_conversion_leaves_the_old_target_or_the_new_one() {
             left += 1;
         }
     }
+    println!("{left} kills of 100 came while the file was written");
     assert!(left > 0, "no kill came while the conversion ran");
 }
