@@ -6,7 +6,8 @@
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 
-use minisign::{PublicKey, PublicKeyBox, SecretKeyBox, SignatureBox};
+use ct_codecs::{Base64, Decoder};
+use minisign::{PublicKey, PublicKeyBox, SecretKey, SecretKeyBox, SignatureBox};
 use mrt_format::Digest;
 
 use crate::file::{FileError, MrtFile};
@@ -31,7 +32,8 @@ pub fn sign(file: &MrtFile, key: &Path, out: &Path) -> mr_cli::Result<()> {
     let bad_key = |problem: String| FileError::new(key, format!("is not a minisign secret key: {problem}"));
     let text = read_small(key)?;
     let parse = || SecretKeyBox::from_string(&text).map_err(|e| bad_key(one_line(&e)));
-    let secret = match parse()?.into_unencrypted_secret_key() {
+    let unencrypted = parse()?.into_unencrypted_secret_key();
+    let secret = match unencrypted.or_else(|e| without_checksum(&text).ok_or(e)) {
         Ok(secret) => secret,
         // The crate tells a key with a password from what is no key by this text alone.
         Err(e) if e.to_string().contains("might be encrypted") => {
@@ -46,6 +48,10 @@ pub fn sign(file: &MrtFile, key: &Path, out: &Path) -> mr_cli::Result<()> {
     let comment = format!("file:{}\troot:{root}", name.replace(char::is_control, "?"));
     let signature = minisign::sign(None, &secret, message(root), Some(&comment), None)
         .map_err(|e| FileError::new(key, one_line(&e)))?;
+    // The halves of a key without checksum may not belong together; what such a key signs nobody can verify.
+    PublicKey::from_secret_key(&secret)
+        .and_then(|public| minisign::verify(&public, &signature, message(root), true, false, false))
+        .map_err(|_| bad_key("it is damaged".to_owned()))?;
     let failed = |e: std::io::Error| FileError::new(out, format!("cannot be written: {e}"));
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut temp = tempfile::Builder::new();
@@ -56,6 +62,15 @@ pub fn sign(file: &MrtFile, key: &Path, out: &Path) -> mr_cli::Result<()> {
         .map_err(failed)?;
     temp.persist(out).map_err(|e| failed(e.error))?;
     Ok(())
+}
+
+/// The secret key in `text` if it is one that `minisign -G -W` made: those have no password, and zeros in place of the
+/// checksum, which the crate does not accept.
+fn without_checksum(text: &str) -> Option<SecretKey> {
+    let bytes = Base64::decode_to_vec(text.lines().nth(1)?, None).ok()?;
+    let (algorithm, checksum) = (bytes.get(..6)?, bytes.get(126..158)?);
+    let is_one = bytes.len() == 158 && algorithm == b"Ed\0\0B2" && checksum.iter().all(|&byte| byte == 0);
+    is_one.then(|| SecretKey::from_bytes(&bytes).ok())?
 }
 
 /// A public key: a file as minisign writes it, or the key's own text.

@@ -351,6 +351,51 @@ fn signatures() {
     assert!(folder.fails(&["sign", "a.mrt", "--key", "ours.key"]).contains("a.mrt: is damaged"));
 }
 
+/// `minisign/` holds a key pair and a signature that minisign 0.11 made:
+///
+/// ```sh
+/// minisign -G -W -p key.pub -s key.sec
+/// echo "mrt root ROOT" > root && minisign -S -s key.sec -m root -x a.mrt.minisig -t "by minisign"
+/// ```
+#[test]
+fn keys_and_signatures_of_minisign_itself() {
+    let stored = |name: &str| {
+        std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/minisign").join(name)).unwrap()
+    };
+    let folder = Folder::new();
+    let good = model(&CFG, 0);
+    folder.write("a.mrt", &good);
+    folder.write("b.mrt", &model(&CFG, 1));
+    for name in ["key.pub", "key.sec", "a.mrt.minisig"] {
+        folder.write(name, &stored(name));
+    }
+    let printed = folder.ok(&["verify", "a.mrt", "--key", "key.pub"]);
+    assert!(printed.ends_with("signed by key 3DBD088F41C6139D\n"), "{printed}");
+    let message = folder.fails(&["verify", "b.mrt", "--key", "key.pub", "--signature", "a.mrt.minisig"]);
+    assert!(message.contains("is not a valid signature by key 3DBD088F41C6139D over root"), "{message}");
+
+    // A key without password has no checksum either. If it is damaged, nothing is written.
+    folder.ok(&["sign", "a.mrt", "--key", "key.sec", "--out", "ours"]);
+    folder.ok(&["verify", "a.mrt", "--key", "key.pub", "--signature", "ours"]);
+    let key = String::from_utf8(stored("key.sec")).unwrap();
+    for (right, wrong) in [("RWQAAEIy", "RWQAAEIz"), ("yT2/Zh5A", "yT2/Zh5B"), ("FK8wn5v", "FK8wn5w")] {
+        assert!(key.contains(right));
+        folder.write("damaged.sec", key.replace(right, wrong).as_bytes());
+        let message = folder.fails(&["sign", "a.mrt", "--key", "damaged.sec"]);
+        assert!(message.contains("damaged.sec: is not a minisign secret key: "), "{message}");
+    }
+    assert!(folder.read("a.mrt.minisig") == stored("a.mrt.minisig"));
+
+    // And minisign, where it is installed, verifies what `mrt sign` wrote.
+    let root = Prologue::parse(&good, good.len() as u64).unwrap().root().to_string();
+    folder.write("root", format!("mrt root {root}\n").as_bytes());
+    let args = ["-V", "-p", "key.pub", "-m", "root", "-x", "ours"];
+    match Command::new("minisign").args(args).current_dir(folder.0.path()).output() {
+        Ok(output) => assert!(output.status.success(), "{output:?}"),
+        Err(e) => eprintln!("not tried with minisign: {e}"),
+    }
+}
+
 #[test]
 fn shells_and_man_know_the_commands() {
     let folder = Folder::new();
