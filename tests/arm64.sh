@@ -3,6 +3,7 @@
 #
 #   tests/arm64.sh                          all below
 #   tests/arm64.sh -p mrt-kernels rms_norm  any other `cargo test` arguments, and no more
+#   tests/arm64.sh --run COMMAND...         a command that cross-compiles, with the compilers in its environment
 #
 #   ARM64_CPUS="max cortex-a53"   for other arguments: qemu's names of the CPUs to run on (default: max)
 #   ARM64_RUSTC=PATH              the compiler (default: `rustc`, else Debian's, whichever has the target's std)
@@ -35,6 +36,7 @@ find_rustc() {
 missing=()
 find_rustc >/dev/null || missing+=(rustc-web libstd-rust-web-dev:arm64)
 command -v aarch64-linux-gnu-gcc >/dev/null || missing+=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
 # Not the static one, which cannot count instructions.
 command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
 command -v gcc >/dev/null || missing+=(gcc libc6-dev)
@@ -49,12 +51,15 @@ if ((${#missing[@]})); then
 fi
 RUSTC=$(find_rustc) || fail "no compiler has the standard library of $target"
 
-# Static linking: a dynamic program would be given the libraries of the host's folders.
 export RUSTC
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
 export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
 unset RUSTFLAGS
+if [[ ${1:-} == --run ]]; then
+    exec "${@:2}"
+fi
+# Static linking: a dynamic program would be given the libraries of the host's folders.
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
 
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=qemu-aarch64
 

@@ -25,6 +25,14 @@ case $shared in
 *) name=libmruntime.so.$abi link=libmruntime.so libs="-lgcc_s -lutil -lrt -lpthread -lm -ldl -lc" ;;
 esac
 
+# Programs must not be shown functions that the library does not have.
+flags= definitions=
+if ! grep -q mruntime_tokenize "$static"; then
+    flags=" -DMRUNTIME_NO_TEXT"
+    definitions="
+        INTERFACE_COMPILE_DEFINITIONS MRUNTIME_NO_TEXT"
+fi
+
 root=${DESTDIR:-}$prefix
 install -d "$root/include" "$root/lib/pkgconfig" "$root/lib/cmake/mruntime"
 install -m 644 "$here/include/mruntime.h" "$here/include/mruntime.hpp" "$root/include"
@@ -40,7 +48,7 @@ includedir=\${prefix}/include
 Name: mruntime
 Description: Runs Qwen2 models from one .mrt file
 Version: $version
-Cflags: -I\${includedir}
+Cflags: -I\${includedir}$flags
 Libs: -L\${libdir} -lmruntime
 Libs.private: $libs
 END
@@ -52,12 +60,12 @@ if(NOT TARGET mruntime::mruntime)
     set_target_properties(mruntime::mruntime PROPERTIES
         IMPORTED_LOCATION "\${_mruntime_prefix}/lib/$name"
         IMPORTED_SONAME "$name"
-        INTERFACE_INCLUDE_DIRECTORIES "\${_mruntime_prefix}/include")
+        INTERFACE_INCLUDE_DIRECTORIES "\${_mruntime_prefix}/include"$definitions)
     add_library(mruntime::static STATIC IMPORTED)
     set_target_properties(mruntime::static PROPERTIES
         IMPORTED_LOCATION "\${_mruntime_prefix}/lib/libmruntime.a"
         INTERFACE_LINK_LIBRARIES "$libs"
-        INTERFACE_INCLUDE_DIRECTORIES "\${_mruntime_prefix}/include")
+        INTERFACE_INCLUDE_DIRECTORIES "\${_mruntime_prefix}/include"$definitions)
 endif()
 END
 

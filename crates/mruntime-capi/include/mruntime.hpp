@@ -23,10 +23,7 @@ inline void check(mruntime_status status) {
     if (status != MRUNTIME_OK) throw Error(status);
 }
 
-struct Message {
-    std::string role, content;
-};
-
+struct Message { std::string role, content; };
 using Tokens = std::vector<std::uint32_t>;
 
 class Model {
@@ -38,6 +35,7 @@ public:
     }
     mruntime_model *get() const { return handle_.get(); }
 
+#ifdef MRUNTIME_TEXT
     Tokens tokenize(std::string_view text, mruntime_special special = MRUNTIME_SPECIAL_AS_TEXT) const {
         std::size_t n;
         check(mruntime_tokenize(get(), text.data(), text.size(), special, nullptr, 0, &n));
@@ -56,6 +54,7 @@ public:
         text.resize(n);
         return text;
     }
+#endif
 
 private:
     struct Close { void operator()(mruntime_model *model) const { mruntime_model_close(&model); } };
@@ -77,6 +76,8 @@ public:
         check(mruntime_session_prefill(get(), tokens.data(), tokens.size(), &reused));
         return reused;
     }
+    std::uint32_t next() { std::uint32_t token; return check(mruntime_session_next(get(), &token)), token; }
+#ifdef MRUNTIME_TEXT
     // Calls `on_text` with pieces of the answer; it must not throw, and returns whether to go on.
     mruntime_generated generate(std::uint64_t max_tokens, std::function<bool(std::string_view)> on_text) {
         auto call = [](void *user, const char *utf8, std::size_t length) -> std::int32_t {
@@ -86,6 +87,7 @@ public:
         check(mruntime_session_generate_text(get(), max_tokens, call, &on_text, &done));
         return done;
     }
+#endif
 
 private:
     struct Close { void operator()(mruntime_session *session) const { mruntime_session_close(&session); } };
