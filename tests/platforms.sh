@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Type-checks what an app links for systems that nothing can be run for here: macOS, iOS and Android.
+# Type-checks what an app links for systems that nothing can be run for here: macOS, iOS, Android, Windows.
 #
 #   tests/platforms.sh [TARGET...]
 #
@@ -7,13 +7,17 @@
 # by apt-get if this runs as root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-(($#)) || set -- aarch64-apple-darwin aarch64-apple-ios aarch64-linux-android
+(($#)) || set -- aarch64-apple-darwin aarch64-apple-ios aarch64-linux-android x86_64-pc-windows-gnu
 
-if [[ ! -e /usr/bin/rustc || ! -d $(/usr/bin/rustc --print sysroot)/lib/rustlib/src/rust/library ]]; then
-    [[ $(id -u) == 0 ]] || { echo "platforms.sh: needs rustc-web and rust-web-src" >&2; exit 2; }
+missing=()
+[[ -e /usr/bin/rustc && -d $(/usr/bin/rustc --print sysroot)/lib/rustlib/src/rust/library ]] || missing+=(rustc-web rust-web-src)
+# The standard library for Windows names functions of its DLLs, for which dlltool makes import libraries.
+command -v x86_64-w64-mingw32-dlltool >/dev/null || missing+=(binutils-mingw-w64-x86-64)
+if ((${#missing[@]})); then
+    [[ $(id -u) == 0 ]] || { echo "platforms.sh: needs ${missing[*]}" >&2; exit 2; }
     apt-get -qq -o DPkg::Lock::Timeout=300 update >&2
     DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends \
-        rustc-web rust-web-src >/dev/null
+        "${missing[@]}" >/dev/null
 fi
 unset RUSTFLAGS
 # The compiler and its source belong together; -Zbuild-std is for nightly compilers, unless told otherwise.
