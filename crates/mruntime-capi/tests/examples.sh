@@ -3,7 +3,7 @@
 # runs them on SmolLM2. Arguments:
 #
 #   examples.sh SMOLLM2.mrt           on this machine: with make and pkg-config, with CMake; also with a library that has
-#                                     no text functions; and examples/linked-weights
+#                                     no text functions
 #   examples.sh SMOLLM2.mrt --arm64   static programs for 64-bit Arm, under qemu
 #
 # PROFILE=dev builds faster than release.
@@ -87,10 +87,5 @@ else
         -x c++ /dev/null
     if has_text_code "$work/bare"; then fail "there is code of text functions in a library without them"; fi
     if make -s -B chat 2>/dev/null; then fail "the header shows text functions that the library does not have"; fi
-
-    export MODEL=$model
-    linked=$(cargo run -q --release --manifest-path "$root/examples/linked-weights/Cargo.toml" \
-        --target-dir "${CARGO_TARGET_DIR:-$root/target}" -- "${prompt[@]}")
-    expect "$linked" "$(golden greedy 1)"
 fi
 echo "examples.sh: all as expected" >&2

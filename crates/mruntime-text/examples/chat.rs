@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Sampler::new(SamplingOptions::from_defaults(&defaults, 1), cfg.vocab_size as usize, isa)?;
     let options = GenerateOptions { max_new_tokens: 1000, stop_tokens: &defaults.stop_tokens };
 
-    let mut messages = Vec::new();
+    let (mut messages, mut out) = (Vec::new(), io::stdout().lock());
     for line in io::stdin().lock().lines() {
         messages.push(json!({ "role": "user", "content": line? }));
         let prompt = tokenizer.encode(&template.render(&messages, None, true)?, SpecialTokens::Parse)?;
@@ -41,11 +41,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         session_generate(&mut session, &prompt, &mut sampler, &options, &mut pool, |token| {
             let piece = decoder.push(token);
             answer.push_str(piece);
-            print!("{piece}");
             // Whoever cannot be written to any more does not want the rest.
-            if io::stdout().flush().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            match write!(out, "{piece}").and_then(|()| out.flush()) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
         })?;
-        println!();
+        writeln!(out)?;
         messages.push(json!({ "role": "assistant", "content": answer }));
     }
     Ok(())
