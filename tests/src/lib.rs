@@ -94,6 +94,9 @@ impl TinyModel {
     }
 }
 
+/// Anonymous memory of a process beside its arenas, as `MemorySizes` states it.
+pub const PROCESS_BYTES: u64 = 1_000_000;
+
 /// SmolLM2-135M-Instruct, converted once in this process and mapped.
 ///
 /// # Panics

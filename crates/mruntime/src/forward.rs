@@ -22,7 +22,8 @@ pub struct Limits {
     pub threads: usize,
 }
 
-/// Bytes of each arena.
+/// Bytes of each arena. Mapped weights are no anonymous memory; a process takes about 1 MB of it beside KV cache and scratch,
+/// for its data, stacks and the sampler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySizes {
     /// The weight arena, which is mapped from the file.
@@ -213,6 +214,11 @@ impl Scratch<'_> {
     /// What forward passes trade for speed.
     pub fn numerics(&self) -> Numerics {
         self.products.numerics
+    }
+
+    /// At most so many threads of the pool work: of several tokens, and of one. `usize::MAX` for all.
+    pub fn threads(&self) -> (usize, usize) {
+        (self.prefill_threads, self.decode_threads)
     }
 }
 
