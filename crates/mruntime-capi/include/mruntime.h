@@ -186,8 +186,9 @@ typedef struct mruntime_session_options {
     // 0: the same bits on every machine, for any number of threads and any batches. 1: what this machine is faster at, at
     // the price of that; see fast_numerics of mruntime_info.
     uint32_t numerics;
-    // 0
-    uint32_t reserved;
+    // At most so many threads of the pool work when a step has one token only, as in generation; 0 for all. Such steps are
+    // bound by memory and can be fastest on fewer. The results are the same.
+    uint32_t decode_threads;
 } mruntime_session_options;
 
 // Bytes that a session needs beside the weights.

@@ -46,8 +46,9 @@ pub struct mruntime_session_options {
     /// 0: the same bits on every machine, for any number of threads and any batches. 1: what this machine is faster at, at
     /// the price of that; see fast_numerics of mruntime_info.
     pub numerics: u32,
-    /// 0
-    pub reserved: u32,
+    /// At most so many threads of the pool work when a step has one token only, as in generation; 0 for all. Such steps are
+    /// bound by memory and can be fastest on fewer. The results are the same.
+    pub decode_threads: u32,
 }
 
 /// How tokens are chosen. All zeros: the most probable one, always.
@@ -219,7 +220,6 @@ pub(crate) fn fast_numerics() -> Numerics {
 
 impl mruntime_session_options {
     pub(crate) fn numerics(&self) -> Result<Numerics, Failure> {
-        choice("reserved", self.reserved, &[()])?;
         choice("numerics", self.numerics, &[Numerics::Exact, fast_numerics()])
     }
 }

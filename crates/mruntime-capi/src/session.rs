@@ -209,6 +209,8 @@ pub unsafe extern "C" fn mruntime_session_create(
         let shared = &reference(model, "model")?.0;
         let options = read_sized(options, "options")?;
         let (numerics, cfg) = (options.numerics()?, *shared.model.config());
+        let decode_threads =
+            if options.decode_threads == 0 { usize::MAX } else { options.decode_threads as usize };
         let state = State::new(
             shared,
             limits(shared, &options),
@@ -216,6 +218,7 @@ pub unsafe extern "C" fn mruntime_session_create(
             SamplingOptions::GREEDY,
             |weights, kv, mut scratch| {
                 scratch.set_numerics(numerics);
+                scratch.set_threads(usize::MAX, decode_threads);
                 Ok(Session::new(cfg, weights, kv, scratch))
             },
         )?;
@@ -465,4 +468,40 @@ pub unsafe extern "C" fn mruntime_session_load(
         let State { session, shared, .. } = &mut *state;
         Ok(session.load(Path::new(c_text(path, "path")?), shared.model.root())?)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{mruntime_model_close, mruntime_model_open};
+    use mruntime_tests::TinyModel;
+    use std::ffi::CString;
+    use std::ptr::{null, null_mut};
+
+    #[test]
+    fn threads_of_decoding_are_those_of_the_options_also_in_a_fork() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tiny.mrt");
+        TinyModel::named("tied").convert(&path, 1);
+        let path = CString::new(path.to_str().unwrap()).unwrap();
+        let (mut model, mut session, mut fork) = (null_mut(), null_mut(), null_mut());
+        // SAFETY: valid pointers.
+        unsafe {
+            assert_eq!(mruntime_model_open(path.as_ptr(), null(), &mut model), mruntime_status::MRUNTIME_OK);
+            for (decode_threads, expected) in [(0, usize::MAX), (1, 1), (7, 7)] {
+                let size = size_of::<mruntime_session_options>();
+                let options =
+                    mruntime_session_options { size, threads: 2, decode_threads, ..Default::default() };
+                let status = mruntime_session_create(model, &options, &mut session);
+                assert_eq!(status, mruntime_status::MRUNTIME_OK);
+                assert_eq!(mruntime_session_fork(session, &mut fork), mruntime_status::MRUNTIME_OK);
+                for handle in [&mut session, &mut fork] {
+                    let threads = (**handle).lock().ok().unwrap().session.scratch().threads();
+                    assert_eq!(threads, (usize::MAX, expected));
+                    mruntime_session_close(handle);
+                }
+            }
+            mruntime_model_close(&mut model);
+        }
+    }
 }

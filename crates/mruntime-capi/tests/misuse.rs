@@ -204,6 +204,36 @@ fn bad_utf8_and_bad_files_are_refused() {
 }
 
 #[test]
+fn closed_handles_are_null_and_refused() {
+    let mut setup = Setup::new();
+    let (mut token, mut new) = (0, null_mut());
+    // SAFETY: a handle is null when it is closed; null handles are refused, and closing one again does nothing.
+    unsafe {
+        for _ in 0..2 {
+            mruntime_session_close(&mut setup.session);
+            assert!(setup.session.is_null());
+            mruntime_model_close(&mut setup.model);
+            assert!(setup.model.is_null());
+        }
+        refused(
+            mruntime_session_next(setup.session, &mut token),
+            MRUNTIME_INVALID_ARGUMENT,
+            "session is a null pointer",
+        );
+        refused(
+            mruntime_session_fork(setup.session, &mut new),
+            MRUNTIME_INVALID_ARGUMENT,
+            "session is a null pointer",
+        );
+        refused(
+            mruntime_session_create(setup.model, null(), &mut new),
+            MRUNTIME_INVALID_ARGUMENT,
+            "model is a null pointer",
+        );
+    }
+}
+
+#[test]
 fn buffers_are_filled_whole_or_not_at_all() {
     let setup = Setup::new();
     // SAFETY: valid pointers and capacities.

@@ -49,6 +49,19 @@ impl<'a> Session<'a> {
         self.kv.context()
     }
 
+    /// The working memory and what it is set to.
+    pub fn scratch(&self) -> &Scratch<'a> {
+        &self.scratch
+    }
+
+    /// Says how many threads of a pool work from now on; see [`Scratch::set_threads`].
+    ///
+    /// # Panics
+    /// When a number is 0.
+    pub fn set_threads(&mut self, prefill: usize, decode: usize) {
+        self.scratch.set_threads(prefill, decode);
+    }
+
     /// Forgets everything.
     pub fn reset(&mut self) {
         self.truncate(0);
@@ -67,8 +80,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// A second session with the same text and numerics, in memory of its own: what both have in common is computed once.
-    /// `kv` and `scratch` are new ones for the same model; the context may have another size.
+    /// A second session with the same text, numerics and numbers of threads, in memory of its own: what both have in common
+    /// is computed once. `kv` and `scratch` are new ones for the same model; the context may have another size.
     ///
     /// # Errors
     /// When the text does not fit into the context of `kv`.
@@ -82,6 +95,8 @@ impl<'a> Session<'a> {
         }
         kv.copy_from(&self.kv);
         scratch.set_numerics(self.scratch.numerics());
+        let (prefill, decode) = self.scratch.threads();
+        scratch.set_threads(prefill, decode);
         let mut tokens = Vec::with_capacity(kv.context() + 1);
         tokens.extend_from_slice(&self.tokens);
         Ok(Session { cfg: self.cfg, weights: self.weights, kv, scratch, tokens, has_logits: false })
@@ -217,9 +232,13 @@ pub fn session_generate(
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
     use super::*;
     use crate::forward::tests::{CFG, random_arena, tokens};
-    use crate::{Isa, Limits, Qwen2Arenas, SamplingOptions, create_qwen2_arenas};
+    use crate::{Isa, Limits, Qwen2Arenas, SamplingOptions, StopReason, create_qwen2_arenas};
     use crate::{qwen2_init_kv_cache, qwen2_init_scratch};
 
     const LIMITS: Limits = Limits { context: 100, batch: 16, threads: 2 };
@@ -262,8 +281,10 @@ pub(crate) mod tests {
                 with_session(100, |mut session, pool| {
                     session_feed(&mut session, &tokens(filled), pool).unwrap();
                     let (kv, scratch) = parts(&mut other);
+                    session.set_threads(2, 1);
                     let mut fork = session.fork(kv, scratch).unwrap();
                     assert_eq!(fork.tokens(), session.tokens());
+                    assert_eq!(fork.scratch().threads(), (2, 1));
                     let expected = continuation(&mut session, 10, pool);
                     assert!(continuation(&mut fork, 10, pool) == expected, "{filled} {context}");
                     // They have nothing in common from here on.
@@ -344,6 +365,48 @@ pub(crate) mod tests {
             session_generate(&mut session, &prompt, &mut sampler, &options, pool, all).unwrap();
             assert_eq!(session.tokens()[30..], expected);
             assert!(bits(session_logits(&mut session, pool).unwrap()) == logits);
+        });
+    }
+
+    #[test]
+    fn another_thread_ends_generation_and_the_text_goes_on_as_if_nothing_had_been() {
+        let prompt = tokens(30);
+        let expected = with_session(100, |mut session, pool| {
+            session_prefill(&mut session, &prompt, pool).unwrap();
+            continuation(&mut session, 20, pool)
+        });
+        with_session(100, |mut session, pool| {
+            let options = SamplingOptions { temperature: 1.0, seed: 7, ..SamplingOptions::GREEDY };
+            let mut sampler = Sampler::new(options, CFG.vocab_size as usize, Isa::detect()).unwrap();
+            let options = GenerateOptions { max_new_tokens: 60, stop_tokens: &[] };
+            // Both threads meet twice: when the fifth token is there, and when the flag is set.
+            let (cancel, meeting, mut seen) = (AtomicBool::new(false), Barrier::new(2), 0);
+            let done = thread::scope(|scope| {
+                scope.spawn(|| {
+                    meeting.wait();
+                    cancel.store(true, Ordering::Relaxed);
+                    meeting.wait();
+                });
+                session_generate(&mut session, &prompt, &mut sampler, &options, pool, |_| {
+                    seen += 1;
+                    if seen == 5 {
+                        meeting.wait();
+                        meeting.wait();
+                    }
+                    if cancel.load(Ordering::Relaxed) {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                })
+            });
+            let done = done.unwrap();
+            assert_eq!((done.new_tokens, done.reason), (5, StopReason::Callback));
+            for _ in 5..20 {
+                session_next(&mut session, &mut sampler, pool).unwrap();
+            }
+            assert_eq!(session.tokens()[30..], expected.0);
+            assert!(bits(session_logits(&mut session, pool).unwrap()) == expected.1);
         });
     }
 
