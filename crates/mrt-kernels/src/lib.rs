@@ -9,6 +9,7 @@
 //!
 //! Nothing here allocates, starts threads or does I/O. An [`Isa`] is chosen once and passed to each operation.
 
+mod attention;
 mod fast;
 mod isa;
 mod lanes;
@@ -30,6 +31,7 @@ mod kleidiai;
 mod neon;
 mod portable;
 
+pub use attention::{KvGroup, attention, attention_scratch_len};
 pub use fast::{FastLane, FastLhs, Numerics, fast_product, fast_stride, pack_fast_row};
 /// The element type of panels, of the `half` crate.
 pub use half::f16;

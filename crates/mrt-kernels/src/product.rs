@@ -238,40 +238,78 @@ impl<L: Lanes> PanelSums for Exact<'_, L> {
 /// As there, and `lhs` is as long as it says.
 #[inline(always)]
 unsafe fn exact_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
-    // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
-    // and so are columns start .. start + block of each row of `lhs`.
+    // SAFETY: the contract above.
     unsafe {
         start_from_bias::<L>(panel, sums);
-        let panel = panel.as_ptr().add(PANEL);
-        let sums = sums.as_mut_ptr();
-        let x = lhs.x.as_ptr();
-        if lhs.rows <= L::DIRECT_ROWS {
+        let x = Left { x: lhs.x.as_ptr(), stride: lhs.stride };
+        let sums = Sums { y: sums.as_mut_ptr(), stride: PANEL };
+        add_products::<L>(lhs.rows, x, lhs.k, panel.as_ptr().add(PANEL), wide, sums);
+    }
+}
+
+/// Rows of the left-hand side, `stride` elements apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Left {
+    pub x: *const f32,
+    pub stride: usize,
+}
+
+/// Rows of sums, `stride` elements apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Sums {
+    pub y: *mut f32,
+    pub stride: usize,
+}
+
+/// Continues the chains of `rows` rows of 32 sums with `k` inputs: adds the products of `x` with `k` rows of a panel.
+///
+/// # Safety
+/// The machine has `L`'s instruction set; `x` has `rows` rows of `k` elements, `panel` has `k` rows, `sums` has `rows` rows
+/// of 32; `wide` holds the smaller of `k` and `K_BLOCK` rows of 32.
+#[inline(always)]
+pub(crate) unsafe fn add_products<L: Lanes>(
+    rows: usize,
+    x: Left,
+    k: usize,
+    panel: *const f16,
+    wide: &mut [f32],
+    sums: Sums,
+) {
+    let right = |sums: Sums| Sums { y: sums.y.wrapping_add(LANES), ..sums };
+    // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
+    // and so are columns start .. start + block of each row of `x`.
+    unsafe {
+        if rows <= L::DIRECT_ROWS {
             // One pass over the whole width, straight from the FP16 panel.
             let ahead = panel.wrapping_add(PREFETCH_ROWS * PANEL);
-            tile_rows::<L, f16, 2>(lhs.rows, x, lhs.stride, lhs.k, panel, ahead, sums);
-        } else if L::DIRECT_ROWS < L::TILE_ROWS && lhs.rows <= L::TILE_ROWS {
-            for start in (0..lhs.k).step_by(DIRECT_BLOCK) {
-                let block = DIRECT_BLOCK.min(lhs.k - start);
-                for half in [0, LANES] {
-                    let (x, panel, sums) = (x.add(start), panel.add(start * PANEL + half), sums.add(half));
-                    let ahead = panel.wrapping_add(PREFETCH_ROWS * PANEL);
-                    tile_rows::<L, f16, 1>(lhs.rows, x, lhs.stride, block, panel, ahead, sums);
-                }
+            tile_rows::<L, f16, 2>(rows, x, k, panel, ahead, sums);
+        } else if L::DIRECT_ROWS < L::TILE_ROWS && rows <= L::TILE_ROWS {
+            for start in (0..k).step_by(DIRECT_BLOCK) {
+                let block = DIRECT_BLOCK.min(k - start);
+                let (x, panel) = (Left { x: x.x.add(start), ..x }, panel.add(start * PANEL));
+                let ahead = panel.wrapping_add(PREFETCH_ROWS * PANEL);
+                tile_rows::<L, f16, 1>(rows, x, block, panel, ahead, sums);
+                tile_rows::<L, f16, 1>(
+                    rows,
+                    x,
+                    block,
+                    panel.add(LANES),
+                    ahead.wrapping_add(LANES),
+                    right(sums),
+                );
             }
         } else {
-            for start in (0..lhs.k).step_by(K_BLOCK) {
-                let block = K_BLOCK.min(lhs.k - start);
+            for start in (0..k).step_by(K_BLOCK) {
+                let block = K_BLOCK.min(k - start);
                 widen_block::<L>(panel.add(start * PANEL), block, wide.as_mut_ptr());
                 // What is widened next, of this panel or the one after it, comes from memory meanwhile.
                 let ahead = panel.wrapping_add((start + block) * PANEL);
-                let x = x.add(start);
+                let (x, wide) = (Left { x: x.x.add(start), ..x }, wide.as_ptr());
                 if L::TILE_GROUPS == 2 {
-                    tiles::<L, 2>(lhs, x, block, wide.as_ptr(), ahead, sums);
+                    tiles::<L, 2>(rows, x, block, wide, ahead, sums);
                 } else {
-                    for half in 0..2 {
-                        let wide = wide.as_ptr().add(half * block * LANES);
-                        tiles::<L, 1>(lhs, x, block, wide, ahead, sums.add(half * LANES));
-                    }
+                    tiles::<L, 1>(rows, x, block, wide, ahead, sums);
+                    tiles::<L, 1>(rows, x, block, wide.add(block * LANES), ahead, right(sums));
                 }
             }
         }
@@ -295,26 +333,27 @@ unsafe fn widen_block<L: Lanes>(panel: *const f16, block: usize, wide: *mut f32)
     }
 }
 
-/// All rows of `lhs` over one widened block, in tiles of nearly equal height.
+/// All rows of `x` over one widened block, in tiles of nearly equal height.
 ///
 /// # Safety
-/// As `tile`, for all rows of `lhs`.
+/// As `tile`, for all rows.
 #[inline(always)]
 unsafe fn tiles<L: Lanes, const G: usize>(
-    lhs: Lhs<'_>,
-    x: *const f32,
+    rows: usize,
+    x: Left,
     k: usize,
     b: *const f32,
     ahead: *const f16,
-    sums: *mut f32,
+    sums: Sums,
 ) {
-    let count = lhs.rows.div_ceil(L::TILE_ROWS);
+    let count = rows.div_ceil(L::TILE_ROWS);
     for t in 0..count {
-        let (first, end) = (t * lhs.rows / count, (t + 1) * lhs.rows / count);
-        // SAFETY: first .. end are rows of `lhs`.
+        let (first, end) = (t * rows / count, (t + 1) * rows / count);
+        // SAFETY: first .. end are rows of `x` and of the sums.
         unsafe {
-            let (x, sums) = (x.add(first * lhs.stride), sums.add(first * PANEL));
-            tile_rows::<L, f32, G>(end - first, x, lhs.stride, k, b, ahead, sums);
+            let x = Left { x: x.x.add(first * x.stride), ..x };
+            let sums = Sums { y: sums.y.add(first * sums.stride), ..sums };
+            tile_rows::<L, f32, G>(end - first, x, k, b, ahead, sums);
         }
     }
 }
@@ -326,12 +365,11 @@ unsafe fn tiles<L: Lanes, const G: usize>(
 #[inline(always)]
 unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
     rows: usize,
-    x: *const f32,
-    x_stride: usize,
+    x: Left,
     k: usize,
     b: *const E,
     ahead: *const f16,
-    sums: *mut f32,
+    sums: Sums,
 ) {
     macro_rules! heights {
         ($($r:literal)+) => {
@@ -339,7 +377,7 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
                 // The guard lets the compiler drop the tiles that this instruction set never uses.
                 $($r if $r * G <= L::TILE_ROWS * L::TILE_GROUPS =>
                     // SAFETY: the same contract.
-                    unsafe { tile::<L, E, $r, G>(x, x_stride, k, b, ahead, sums) },)+
+                    unsafe { tile::<L, E, $r, G>(x, k, b, ahead, sums) },)+
                 _ => unreachable!("a tile of {rows} rows"),
             }
         };
@@ -351,24 +389,24 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
 /// `ahead`, any address.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements, `x_stride` apart; `b` has `k` rows of
-/// `16 * G` elements, `E::stride(G)` apart; `sums` has `R` rows of `16 * G` elements, `PANEL` apart.
+/// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `b` has `k` rows of `16 * G` elements,
+/// `E::stride(G)` apart; `sums` has `R` rows of `16 * G` elements.
 #[inline(always)]
 unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
-    x: *const f32,
-    x_stride: usize,
+    x: Left,
     k: usize,
     b: *const E,
     ahead: *const f16,
-    sums: *mut f32,
+    sums: Sums,
 ) {
+    let Left { x, stride: x_stride } = x;
     let b_stride = E::stride(G);
     // SAFETY: the contract above; r < R, g < G, i < k.
     unsafe {
         let mut acc = [[L::splat(0.0); G]; R];
         for (r, row) in acc.iter_mut().enumerate() {
             for (g, sum) in row.iter_mut().enumerate() {
-                *sum = L::load(sums.add(r * PANEL + g * LANES));
+                *sum = L::load(sums.y.add(r * sums.stride + g * LANES));
             }
         }
         let whole = k / L::K_STEP * L::K_STEP;
@@ -381,7 +419,7 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
         }
         for (r, row) in acc.iter().enumerate() {
             for (g, sum) in row.iter().enumerate() {
-                sum.store(sums.add(r * PANEL + g * LANES));
+                sum.store(sums.y.add(r * sums.stride + g * LANES));
             }
         }
     }

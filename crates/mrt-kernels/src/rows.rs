@@ -126,23 +126,29 @@ unsafe fn rope_lanes<L: Lanes>(x: &[f32], cos: &[f32], sin: &[f32], factor: f32,
     }
 }
 
+/// [`softmax`].
+///
+/// # Safety
+/// The machine has `L`'s instruction set.
 #[inline(always)]
-unsafe fn softmax_lanes<L: Lanes>(scores: &mut [f32]) -> f32 {
-    // SAFETY: the instruction set is `dispatch!`'s promise.
+pub(crate) unsafe fn softmax_lanes<L: Lanes>(scores: &mut [f32]) -> f32 {
+    let (whole, rest) = scores.as_chunks_mut::<LANES>();
+    // SAFETY: a chunk holds 16 elements; the instruction set is the contract.
     unsafe {
-        let mut max = L::splat(f32::NEG_INFINITY);
-        for i in (0..scores.len()).step_by(LANES) {
-            max = max.max(load(scores, i, f32::NEG_INFINITY));
+        let mut max = load::<L>(rest, 0, f32::NEG_INFINITY);
+        for chunk in &*whole {
+            max = max.max(L::load(chunk.as_ptr()));
         }
         let max = L::splat(max.tree(f32::max));
         let mut sum = L::splat(0.0);
-        for i in (0..scores.len()).step_by(LANES) {
-            let e = exp(load::<L>(scores, i, 0.0).sub(max));
-            store(e, scores, i);
-            // Lanes past the end must add nothing.
-            sum = sum.add(if scores.len() - i < LANES { load(scores, i, 0.0) } else { e });
+        for chunk in whole {
+            let e = exp(L::load(chunk.as_ptr()).sub(max));
+            e.store(chunk.as_mut_ptr());
+            sum = sum.add(e);
         }
-        sum.tree(|a, b| a + b)
+        store(exp(load::<L>(rest, 0, 0.0).sub(max)), rest, 0);
+        // Lanes past the end must add nothing.
+        sum.add(load(rest, 0, 0.0)).tree(|a, b| a + b)
     }
 }
 

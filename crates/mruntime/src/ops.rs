@@ -2,7 +2,7 @@
 
 use mrt_kernels::f16;
 use mrt_kernels::{
-    Epilogue, FastLane, FastLhs, Isa, Lhs, Numerics, PANEL, Rhs, Window, panel_count, panel_len,
+    Epilogue, FastLane, FastLhs, Isa, KvGroup, Lhs, Numerics, PANEL, Rhs, Window, panel_count, panel_len,
 };
 
 use crate::kv_cache::{KvShape, v_row};
@@ -133,7 +133,7 @@ fn tile_tokens(group: usize) -> usize {
 /// Elements of scratch that a worker needs for [`attention`].
 pub(crate) fn attention_scratch_len(kv: &KvShape, group: usize, batch: usize) -> usize {
     let rows = tile_tokens(group).min(batch) * group;
-    rows.saturating_mul(kv.context + kv.head_dim + 1) + mrt_kernels::product_scratch_len(rows)
+    mrt_kernels::attention_scratch_len(rows, kv.context)
 }
 
 /// Rotates Q and K of each token (`cos` and `sin`: `[tokens][head_dim / 2]`), writes the rotated queries, already
@@ -179,8 +179,6 @@ pub(crate) fn rope_and_store(
 
 /// Causal attention of a chunk's queries (as [`rope_and_store`] leaves them) over the cached keys and values of one
 /// layer. `out` is `[tokens][head][head_dim]`, the heads of a group side by side.
-///
-/// Scores are exact: a row's scores over all its positions are computed, then its softmax, then the weighted sum.
 pub(crate) fn attention(
     products: &mut Products<'_>,
     heads: Heads,
@@ -197,37 +195,14 @@ pub(crate) fn attention(
     let workers = PerWorker::new(products.workers, products.worker_len);
     pool.run_split((blocks, workers), |_, i, (mut out, scratch)| {
         let (first, g) = (i / kv.heads * tile, i % kv.heads);
-        let rows = out.rows() * group;
-        let positions = start + first + out.rows();
-        let (scores, scratch) = scratch.split_at_mut(rows * positions);
-        let (sums, scratch) = scratch.split_at_mut(rows);
-        let (mixed, scratch) = scratch.split_at_mut(rows * d);
-
-        let q = &q[g * heads.q_group() + first * group * d..];
-        let keys = Rhs { panels: &k[g * kv.k_head_len()..][..kv.k_head_len()], stride: panel_len(d) };
-        let lhs = Lhs { x: q, rows, stride: d, k: d };
-        let mut window = Window::new(scores, rows, positions, positions);
-        mrt_kernels::panel_product(isa, lhs, keys, Epilogue::Store, &mut window, scratch);
-
-        for (r, (row, sum)) in scores.chunks_exact_mut(positions).zip(sums.iter_mut()).enumerate() {
-            let (seen, future) = row.split_at_mut(start + first + r / group + 1);
-            *sum = mrt_kernels::softmax(isa, seen);
-            future.fill(0.0);
-        }
-
-        let values = Rhs { panels: &v[g * kv.v_head_len()..][..kv.v_head_len()], stride: kv.v_panel_len() };
-        let lhs = Lhs { x: scores, rows, stride: positions, k: positions };
-        mrt_kernels::panel_product(
-            isa,
-            lhs,
-            values,
-            Epilogue::Store,
-            &mut Window::new(mixed, rows, d, d),
-            scratch,
-        );
-        for (r, (mixed, sum)) in mixed.chunks_exact(d).zip(sums).enumerate() {
-            let out = &mut out.row(r / group)[r % group * d..][..d];
-            mrt_kernels::scale(isa, mixed, 1.0 / *sum, out);
-        }
+        let group = KvGroup {
+            queries: &q[g * heads.q_group() + first * group * d..],
+            heads: group,
+            head_dim: d,
+            seen: start + first + 1,
+            keys: Rhs { panels: &k[g * kv.k_head_len()..][..kv.k_head_len()], stride: panel_len(d) },
+            values: Rhs { panels: &v[g * kv.v_head_len()..][..kv.v_head_len()], stride: kv.v_panel_len() },
+        };
+        mrt_kernels::attention(isa, group, &mut out, scratch);
     });
 }
