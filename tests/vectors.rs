@@ -245,6 +245,7 @@ fn cases() -> Vec<(String, &'static str, Edit)> {
     add("chunk_table: root not made anew", "RootMismatch", edit().put(CHUNK_TABLE, &[0; 32]));
     add("section_count: root not made anew", "RootMismatch", edit().u32(56, 3));
     add("expected_root: another", "UnexpectedRoot", edit());
+    add("expected_root: another, of another architecture", "UnexpectedRoot", edit().u32(64, 2).root());
     add("config_flags: bit 1", "ReservedNotZero", edit().u32(100, 3).root());
     add("reserved_config: last byte", "ReservedNotZero", edit().put(127, &[1]).root());
     for at in [192, 511] {

@@ -106,8 +106,21 @@ impl Prologue {
     /// Validates the first [`prologue_bytes`] bytes of a file of `actual_file_bytes` bytes.
     ///
     /// # Errors
-    /// The first failing step from 1 to 27 (13, the pinned root, is [`Prologue::expect_root`]).
+    /// The first failing step from 1 to 27, but for 13.
     pub fn parse(bytes: &[u8], actual_file_bytes: u64) -> Result<Prologue, FormatError> {
+        Self::parse_pinned(bytes, actual_file_bytes, None)
+    }
+
+    /// As [`parse`](Self::parse), for a caller that knows the root digest from elsewhere: another file's fields are not
+    /// looked at.
+    ///
+    /// # Errors
+    /// The first failing step from 1 to 27.
+    pub fn parse_pinned(
+        bytes: &[u8],
+        actual_file_bytes: u64,
+        expected_root: Option<&Digest>,
+    ) -> Result<Prologue, FormatError> {
         let needed = prologue_bytes(bytes, actual_file_bytes)?;
         let Some(bytes) = bytes.get(..needed) else {
             return Err(FormatError::PrologueOutsideFile {
@@ -125,6 +138,10 @@ impl Prologue {
         let root = root_digest(bytes);
         if header.root_digest != root {
             return Err(FormatError::RootMismatch { computed: root, recorded: header.root_digest });
+        }
+        // Step 13
+        if let Some(expected) = expected_root.filter(|expected| **expected != root) {
+            return Err(FormatError::UnexpectedRoot { found: root, expected: *expected });
         }
         // Step 14
         if header.minor <= FORMAT_MINOR {
@@ -185,18 +202,6 @@ impl Prologue {
             arena_offset,
             file_bytes,
         })
-    }
-
-    /// Step 13: compares the root digest with the one that the caller knows from elsewhere.
-    ///
-    /// # Errors
-    /// [`FormatError::UnexpectedRoot`].
-    pub fn expect_root(&self, expected: &Digest) -> Result<(), FormatError> {
-        if self.root == *expected {
-            Ok(())
-        } else {
-            Err(FormatError::UnexpectedRoot { found: self.root, expected: *expected })
-        }
     }
 
     /// The model's config.
@@ -287,7 +292,7 @@ impl Prologue {
         check_tensor_table(&self.config, bytes)
     }
 
-    /// Step 32: checks chunk `i` of the arena.
+    /// Step 33: checks chunk `i` of the arena.
     ///
     /// # Errors
     /// [`FormatError::ChunkDamaged`].
@@ -300,7 +305,7 @@ impl Prologue {
         Err(FormatError::ChunkDamaged { index: i, offset, end: offset + chunk.bytes })
     }
 
-    /// Step 33: checks padding that begins at byte `offset` of the file.
+    /// Step 34: checks padding that begins at byte `offset` of the file.
     ///
     /// # Errors
     /// [`FormatError::PaddingNotZero`] with the first byte that is not zero.
@@ -530,11 +535,10 @@ mod tests {
         let error = Prologue::parse(&bytes, length).unwrap_err();
         assert!(matches!(error, FormatError::RootMismatch { recorded, .. } if recorded == root));
         bytes[831] ^= 1;
-        let prologue = Prologue::parse(&bytes, length).unwrap();
-        assert_eq!(prologue.expect_root(&root), Ok(()));
+        assert!(Prologue::parse_pinned(&bytes, length, Some(&root)).is_ok());
         let expected = Digest([1; 32]);
         assert_eq!(
-            prologue.expect_root(&expected),
+            Prologue::parse_pinned(&bytes, length, Some(&expected)),
             Err(FormatError::UnexpectedRoot { found: root, expected })
         );
     }

@@ -345,11 +345,7 @@ fn read_prologue(source: &Source, bytes: u64, options: &OpenOptions, path: &Path
     let first = prologue.len();
     prologue.resize(prologue_bytes(&prologue, bytes).map_err(invalid)?, 0);
     source.read(first as u64, &mut prologue[first..]).map_err(io_error)?;
-    let prologue = Prologue::parse(&prologue, bytes).map_err(invalid)?;
-    if let Some(root) = &options.expected_root {
-        prologue.expect_root(root).map_err(invalid)?;
-    }
-    Ok(prologue)
+    Prologue::parse_pinned(&prologue, bytes, options.expected_root.as_ref()).map_err(invalid)
 }
 
 /// Maps all that comes before the arena of a model in a file.

@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use mrt_format::{HEADER_BYTES, Prologue, prologue_bytes};
+use mrt_format::{Digest, HEADER_BYTES, Prologue, prologue_bytes};
 
 /// An open file with its validated prologue.
 pub struct MrtFile {
@@ -39,21 +39,26 @@ impl FileError {
 impl MrtFile {
     /// Opens a whole file.
     pub fn open(path: &Path) -> Result<Self, FileError> {
+        Self::open_pinned(path, None)
+    }
+
+    /// Opens a whole file that must have a certain root, if one is given.
+    pub fn open_pinned(path: &Path, root: Option<&Digest>) -> Result<Self, FileError> {
         let file = open_regular(path, File::options().read(true))?;
         let bytes = file.metadata().map_err(|e| FileError::new(path, e))?.len();
-        Self::new(path, file, bytes)
+        Self::new(path, file, bytes, root)
     }
 
     /// Opens a file that may be cut short: only its prologue must be there.
-    pub fn open_part(path: &Path, file: File) -> Result<Self, FileError> {
+    pub fn open_part(path: &Path, file: File, root: Option<&Digest>) -> Result<Self, FileError> {
         let mut first = [0; HEADER_BYTES];
         file.read_exact_at(&mut first, 0).map_err(|e| FileError::new(path, e))?;
         // The length that the header states takes the place of the file's.
         let stated = u64::from_le_bytes(first[32..40].try_into().expect("eight bytes"));
-        Self::new(path, file, stated)
+        Self::new(path, file, stated, root)
     }
 
-    fn new(path: &Path, file: File, bytes: u64) -> Result<Self, FileError> {
+    fn new(path: &Path, file: File, bytes: u64, root: Option<&Digest>) -> Result<Self, FileError> {
         let error = |problem: &dyn fmt::Display| FileError::new(path, problem);
         let mut head = vec![0; bytes.min(HEADER_BYTES as u64) as usize];
         file.read_exact_at(&mut head, 0).map_err(|e| error(&e))?;
@@ -61,7 +66,7 @@ impl MrtFile {
         let first = head.len();
         head.resize(prologue_bytes(&head, bytes).map_err(|e| error(&e))?, 0);
         file.read_exact_at(&mut head[first..], first as u64).map_err(|e| error(&e))?;
-        let prologue = Prologue::parse(&head, bytes).map_err(|e| error(&e))?;
+        let prologue = Prologue::parse_pinned(&head, bytes, root).map_err(|e| error(&e))?;
         Ok(MrtFile { path: path.into(), prologue, head, file })
     }
 

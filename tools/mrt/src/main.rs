@@ -183,10 +183,7 @@ fn run_info(args: &InfoArgs) -> mr_cli::Result<()> {
 
 fn run_verify(args: &VerifyArgs) -> mr_cli::Result<()> {
     let mut pool = pool(args.threads)?;
-    let file = MrtFile::open(&args.file)?;
-    if let Some(root) = &args.root {
-        file.prologue.expect_root(root).map_err(|problem| file.error(problem))?;
-    }
+    let file = MrtFile::open_pinned(&args.file, args.root.as_ref())?;
     let signed_by = match &args.key {
         Some(key) => {
             let signature = args.signature.clone().unwrap_or(sign::beside(&args.file));

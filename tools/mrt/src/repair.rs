@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::file::{FileError, MrtFile, open_regular};
 use crate::piece::{Piece, pieces};
-use crate::verify::on_all_pieces;
+use crate::verify::{aligned, on_all_pieces};
 
 /// What a repair has done.
 pub struct Repaired {
@@ -49,17 +49,9 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
     if same {
         return Err(FileError::new(path, "is the file that --from names; name another copy").into());
     }
-    let mine = MrtFile::open_part(path, target.try_clone().map_err(io_error)?);
-    let theirs = MrtFile::open_part(other, source.try_clone().map_err(io_error)?);
     // A prologue is good if it is whole, and the expected one if there is an expectation.
-    let expected = |file: &MrtFile| root.is_none_or(|root| file.prologue.root() == root);
-    let (mine, theirs) = (
-        mine.ok().filter(expected),
-        theirs.and_then(|file| match root {
-            Some(root) => file.prologue.expect_root(root).map_err(|e| file.error(e)).map(|()| file),
-            None => Ok(file),
-        }),
-    );
+    let mine = MrtFile::open_part(path, target.try_clone().map_err(io_error)?, root).ok();
+    let theirs = MrtFile::open_part(other, source.try_clone().map_err(io_error)?, root);
     let mut fetched = Vec::new();
     let plan = match (mine, theirs) {
         (Some(mine), Ok(theirs)) if mine.prologue.root() != theirs.prologue.root() => {
@@ -97,7 +89,7 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
     };
     let attempt = |piece: Piece, buffer: &mut Vec<u8>| {
         let (offset, bytes) = piece.range(prologue);
-        buffer.resize(bytes as usize, 0);
+        let buffer = aligned(buffer, bytes as usize);
         let mut is_good =
             |file: &File| file.read_exact_at(buffer, offset).is_ok() && piece.check(prologue, buffer).is_ok();
         if is_good(&target) {
