@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use mrt_format::{CHUNK_BYTES, FormatError};
+use mrt_format::FormatError;
 use mruntime::{Chunks, PerWorker, Pool};
 use serde_json::{Value, json};
 
@@ -20,12 +20,20 @@ pub fn verify(file: &MrtFile, pool: &mut Pool) -> Result<Vec<Damage>, FileError>
     let pieces = pieces(prologue);
     let check = |piece: Piece, buffer: &mut Vec<u8>| {
         let (offset, bytes) = piece.range(prologue);
-        buffer.resize(bytes as usize, 0);
-        file.read(offset, buffer)?;
-        Ok(piece.check(prologue, buffer).err().map(|problem| (piece, problem)))
+        let content = aligned(buffer, bytes as usize);
+        file.read(offset, content)?;
+        Ok(piece.check(prologue, content).err().map(|problem| (piece, problem)))
     };
     let results = on_all_pieces(file, &pieces, pool, check)?;
     Ok(results.into_iter().flatten().collect())
+}
+
+/// The first bytes of a buffer from a multiple of 64 in memory on. An allocator puts large buffers 16 bytes behind the
+/// beginning of a page, where the system copies a file's content more slowly: verifying took a tenth longer (Zen 4).
+pub fn aligned(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
+    buffer.resize(bytes + 64, 0);
+    let start = buffer.as_ptr().align_offset(64);
+    &mut buffer[start..start + bytes]
 }
 
 /// Calls `work` for each piece, with a buffer of the thread's own, and shows how far it is.
@@ -39,7 +47,7 @@ pub fn on_all_pieces<T: Send + 'static>(
         "checking {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
     );
     let bar = ProgressBar::new(file.prologue.file_bytes()).with_style(style.expect("the template is valid"));
-    let mut buffers: Vec<_> = (0..pool.threads()).map(|_| Vec::with_capacity(CHUNK_BYTES as usize)).collect();
+    let mut buffers = vec![Vec::new(); pool.threads()];
     let mut results: Vec<Option<Result<T, FileError>>> = pieces.iter().map(|_| None).collect();
     pool.run_split(
         (Chunks::new(&mut results, 1), PerWorker::new(&mut buffers, 1)),
