@@ -128,10 +128,15 @@ fn on_large_stack<T: Send + 'static>(
     let failed = |message: String| TextError::Template { line: None, message };
     let (sender, receiver) = mpsc::sync_channel(1);
     let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
-    // A thread that is late is left to itself: nothing can stop it but the end of the process.
-    thread.spawn(move || sender.send(work())).map_err(|e| failed(format!("cannot start a thread: {e}")))?;
+    let thread = thread
+        .spawn(move || sender.send(work()))
+        .map_err(|e| failed(format!("cannot start a thread: {e}")))?;
     match receiver.recv_timeout(MAX_TIME) {
-        Ok(result) => result,
+        Ok(result) => {
+            let _ = thread.join();
+            result
+        }
+        // A thread that is late is left to itself: nothing can stop it but the end of the process.
         Err(mpsc::RecvTimeoutError::Timeout) => {
             Err(failed(format!("it takes longer than {} seconds", MAX_TIME.as_secs())))
         }
