@@ -22,6 +22,13 @@ pub struct mruntime_session {
     state: Mutex<State>,
 }
 
+/// What the header's thread rules rest on.
+const _: () = {
+    const fn threads_may_share<T: Send + Sync>() {}
+    threads_may_share::<mruntime_model>();
+    threads_may_share::<mruntime_session>();
+};
+
 /// What a session works with.
 pub(crate) struct State {
     /// Borrows `arenas` and the weights in `shared`; before both, so that it is dropped before them.

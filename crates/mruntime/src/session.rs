@@ -297,6 +297,14 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn sessions_and_models_may_move_between_threads_and_be_shared() {
+        fn threads_may_share<T: Send + Sync>() {}
+        threads_may_share::<Session<'_>>();
+        threads_may_share::<crate::Model>();
+        threads_may_share::<Pool>();
+    }
+
+    #[test]
     fn a_fork_into_a_context_that_is_too_small_is_refused() {
         let mut other = arenas(20);
         with_session(100, |mut session, pool| {
