@@ -3,13 +3,19 @@
 //!
 //! The activations are rounded to 16 bits, once for all panels, and sums need not be one chain of fused multiply-adds.
 //! For one lane and the same batches the result still depends on nothing else, not on the number of threads either; other
-//! batches may give other bits, because a lane leaves numbers of rows at which it gains nothing to the exact products.
+//! batches may give other bits. `fast-bf16` leaves numbers of rows at which it gains nothing to the exact products, and
+//! `fast-fhm` computes a lone row otherwise than several. Of the rest a row does not depend on those beside it.
 
-#![cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is no lane yet"))]
+#![cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(unused_variables, reason = "there is no lane")
+)]
+
+use std::ops::Range;
 
 use crate::isa::Isa;
 use crate::panel::panel_count;
-use crate::product::{Epilogue, Rhs, check_product};
+use crate::product::{Epilogue, Lhs, Rhs, check_product};
 use crate::window::Window;
 
 /// What a product may trade for speed.
@@ -36,14 +42,18 @@ impl Numerics {
         }
     }
 
-    /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`, 4 `fast-kleidiai`. Numbers are never
-    /// used again.
+    /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`, 2 `fast-fp16`, 3 `fast-fhm`,
+    /// 4 `fast-kleidiai`. Numbers are never used again.
     pub fn id(self) -> u32 {
         match self {
             Numerics::Exact => 0,
             Numerics::Fast(lane) => match lane.0 {
                 #[cfg(target_arch = "x86_64")]
                 Lane::Bf16 => 1,
+                #[cfg(target_arch = "aarch64")]
+                Lane::Fp16 => 2,
+                #[cfg(target_arch = "aarch64")]
+                Lane::Fhm => 3,
                 #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
                 Lane::Kleidiai => 4,
             },
@@ -60,6 +70,12 @@ pub(crate) enum Lane {
     /// `bf16.rs`
     #[cfg(target_arch = "x86_64")]
     Bf16,
+    /// `fp16.rs`
+    #[cfg(target_arch = "aarch64")]
+    Fp16,
+    /// `fp16.rs` with FEAT_FHM
+    #[cfg(target_arch = "aarch64")]
+    Fhm,
     /// `kleidiai.rs`
     #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
     Kleidiai,
@@ -75,15 +91,23 @@ impl FastLane {
             crate::isa::Kind::Neon | crate::isa::Kind::NeonFhm if crate::kleidiai::is_detected() => {
                 Some(FastLane(Lane::Kleidiai))
             }
+            #[cfg(target_arch = "aarch64")]
+            crate::isa::Kind::Neon if crate::fp16::is_detected() => Some(FastLane(Lane::Fp16)),
+            #[cfg(target_arch = "aarch64")]
+            crate::isa::Kind::NeonFhm if crate::fp16::is_detected() => Some(FastLane(Lane::Fhm)),
             _ => None,
         }
     }
 
-    /// `fast-bf16` or `fast-kleidiai`
+    /// `fast-bf16`, `fast-fp16`, `fast-fhm` or `fast-kleidiai`
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => "fast-bf16",
+            #[cfg(target_arch = "aarch64")]
+            Lane::Fp16 => "fast-fp16",
+            #[cfg(target_arch = "aarch64")]
+            Lane::Fhm => "fast-fhm",
             #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
             Lane::Kleidiai => "fast-kleidiai",
         }
@@ -94,41 +118,78 @@ impl FastLane {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => rows >= crate::bf16::LEAST_ROWS,
+            #[cfg(target_arch = "aarch64")]
+            Lane::Fp16 | Lane::Fhm => rows > 0,
             #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
             Lane::Kleidiai => rows > 0,
         }
     }
 }
 
-/// The left-hand side of a fast product: `rows` rows of [`fast_stride`]`(k)` numbers in the lane's 16-bit format.
-/// Row r stands for the activations divided by `scales[r]`.
+/// The left-hand side of a fast product, packed by [`pack_fast_rows`]: as many rows as `scales`.
 #[derive(Clone, Copy)]
 pub struct FastLhs<'a> {
-    /// Rows, packed by [`pack_fast_row`].
+    /// [`fast_len`] numbers in the lane's 16-bit format.
     pub x: &'a [u16],
-    /// What [`pack_fast_row`] returned for each row.
+    /// What the numbers of each row are to be multiplied by: powers of two.
     pub scales: &'a [f32],
     /// Elements of a row that take part.
     pub k: usize,
 }
 
-/// Elements from one row of a [`FastLhs`] to the next: `k` made even, since units multiply in pairs.
+/// Rows that a lane may pack together.
+pub const FAST_ROWS: usize = 8;
+
+/// Inputs of a row that share a scale, on Arm.
+pub(crate) const FAST_BLOCK: usize = 64;
+
+/// Packed elements of a row: `k` made even, since units multiply in pairs; on Arm also a scale for each block of inputs.
 pub const fn fast_stride(k: usize) -> usize {
-    k.next_multiple_of(2)
+    k.next_multiple_of(2) + if cfg!(target_arch = "aarch64") { k.div_ceil(FAST_BLOCK) } else { 0 }
 }
 
-/// Rounds a row of activations to the lane's 16-bit format and returns the scale, a power of two.
+/// Elements of `rows` packed rows of `k` inputs; `usize::MAX` if there are more.
+pub const fn fast_len(rows: usize, k: usize) -> usize {
+    match rows.checked_next_multiple_of(FAST_ROWS) {
+        Some(rows) => rows.saturating_mul(fast_stride(k)),
+        None => usize::MAX,
+    }
+}
+
+/// Rounds those rows of `lhs` to the lane's 16-bit format. The first is a multiple of [`FAST_ROWS`], and so is the end or it
+/// is that of `lhs`.
 ///
 /// # Panics
-/// If `out` does not have [`fast_stride`]`(x.len())` elements.
-pub fn pack_fast_row(lane: FastLane, x: &[f32], out: &mut [u16]) -> f32 {
-    assert_eq!(out.len(), fast_stride(x.len()));
+/// If `rows` are not such rows, `out` does not have [`fast_len`] elements for them and `scales` one for each, or `lhs` is
+/// shorter than its sizes say.
+pub fn pack_fast_rows(lane: FastLane, lhs: Lhs<'_>, rows: Range<usize>, out: &mut [u16], scales: &mut [f32]) {
+    assert!(rows.start.is_multiple_of(FAST_ROWS) && rows.end <= lhs.rows, "rows {rows:?} of {}", lhs.rows);
+    assert!(rows.end.is_multiple_of(FAST_ROWS) || rows.end == lhs.rows, "rows {rows:?} of {}", lhs.rows);
+    assert_eq!(out.len(), fast_len(rows.len(), lhs.k));
+    assert_eq!(scales.len(), rows.len());
     match lane.0 {
-        // SAFETY: a `FastLane` proves that its features were detected.
         #[cfg(target_arch = "x86_64")]
-        Lane::Bf16 => unsafe { crate::bf16::pack_row(x, out) },
+        Lane::Bf16 => {
+            let out = out.chunks_exact_mut(fast_stride(lhs.k));
+            for ((r, out), scale) in rows.zip(out).zip(scales) {
+                let x = &lhs.x[r * lhs.stride..][..lhs.k];
+                // SAFETY: a `FastLane` proves that its features were detected.
+                *scale = unsafe { crate::bf16::pack_row(x, out) };
+            }
+        }
+        // SAFETY: a `FastLane` proves that its features were detected.
+        #[cfg(target_arch = "aarch64")]
+        Lane::Fp16 => unsafe { crate::fp16::pack_rows::<false>(lhs, rows, out, scales) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Lane::Fhm => unsafe { crate::fp16::pack_rows::<true>(lhs, rows, out, scales) },
         #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
-        Lane::Kleidiai => crate::kleidiai::pack_row(x, out),
+        Lane::Kleidiai => {
+            let out = out.chunks_exact_mut(fast_stride(lhs.k));
+            for ((r, out), scale) in rows.zip(out).zip(scales) {
+                *scale = crate::kleidiai::pack_row(&lhs.x[r * lhs.stride..][..lhs.k], out);
+            }
+        }
     }
 }
 
@@ -150,11 +211,17 @@ pub fn fast_product(
         return;
     }
     check_product(rows, lhs.k, rhs, panels, y, scratch);
-    assert!(rows * fast_stride(lhs.k) <= lhs.x.len(), "left-hand side shorter than its sizes");
+    assert!(fast_len(rows, lhs.k) <= lhs.x.len(), "left-hand side shorter than its sizes");
     match lane.0 {
         // SAFETY: a `FastLane` proves that its features were detected; the assertions above are the contract.
         #[cfg(target_arch = "x86_64")]
         Lane::Bf16 => unsafe { crate::bf16::product(lhs, rhs, epilogue, y, scratch) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Lane::Fp16 => unsafe { crate::fp16::fp16_product(lhs, rhs, epilogue, y, scratch) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Lane::Fhm => unsafe { crate::fp16::fhm_product(lhs, rhs, epilogue, y, scratch) },
         // SAFETY: as above.
         #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
         Lane::Kleidiai => unsafe { crate::kleidiai::product(lhs, rhs, epilogue, y, scratch) },
@@ -188,9 +255,9 @@ pub(crate) mod tests {
         panels: &[f16],
         n: usize,
     ) -> Vec<f32> {
-        let mut packed = vec![u16::MAX; rows * fast_stride(k)];
-        let out = packed.chunks_exact_mut(fast_stride(k));
-        let scales: Vec<f32> = x.chunks(k).zip(out).map(|(x, out)| pack_fast_row(lane, x, out)).collect();
+        let mut packed = vec![u16::MAX; fast_len(rows, k)];
+        let mut scales = vec![f32::NAN; rows];
+        pack_fast_rows(lane, Lhs { x, rows, stride: k, k }, 0..rows, &mut packed, &mut scales);
         let (mut y, mut scratch) = (vec![f32::NAN; rows * n], vec![f32::NAN; product_scratch_len(rows)]);
         let lhs = FastLhs { x: &packed, scales: &scales, k };
         let mut window = Window::new(&mut y, rows, n, n);
@@ -198,12 +265,30 @@ pub(crate) mod tests {
         y
     }
 
-    /// Of a lane that adds in f32: against f64, for inputs as large as Qwen2's activations are. Inputs are rounded to
-    /// 2^-8 at most each, which the exact result bears, and each of k sums to 2^-24.
+    /// Whether this lane adds products of that many rows in FP16.
+    fn adds_in_fp16(lane: FastLane, rows: usize) -> bool {
+        lane.name() == "fast-fp16" || lane.name() == "fast-fhm" && rows > 1
+    }
+
+    /// Against f64, for inputs as large as Qwen2's activations are. `unit`: what the 16-bit format does to each term. BF16
+    /// rounds inputs to 2^-8 at most, which the exact result bears, FP16 to 2^-11. Each of k sums in f32 rounds to 2^-24;
+    /// each of 33 in FP16, an input and a weight at a time, to 2^-11, and to 2^-25 of what 1 stands for: at most a 16th of the
+    /// largest activation.
     #[test]
-    fn errors_are_those_of_rounded_inputs() {
+    fn errors_are_those_of_the_formats() {
+        const SIZES: [(usize, usize, usize); 9] = [
+            (1, 1, 32),
+            (1, 900, 64),
+            (2, 63, 32),
+            (5, 200, 32),
+            (7, 129, 64),
+            (8, 15, 33),
+            (13, 64, 64),
+            (25, 897, 40),
+            (12, 4864, 32),
+        ];
         for lane in lanes() {
-            for (rows, k, n) in [(1, 1, 32), (8, 15, 33), (13, 64, 64), (25, 897, 40), (12, 4864, 32)] {
+            for (rows, k, n) in SIZES {
                 let mut x = noise(7, rows * k, 3.0);
                 x.iter_mut().step_by(97).for_each(|x| *x *= 9000.0);
                 let mut panels = vec![f16::ZERO; panel_count(n) * panel_len(k)];
@@ -212,15 +297,23 @@ pub(crate) mod tests {
                     .zip(noise(9, panel_count(n) * panel_len(k), 0.1))
                     .for_each(|(w, x)| *w = f16::from_f32(x));
                 let got = run(lane, &x, rows, k, &panels, n);
-                for r in 0..rows {
+                let unit = match lane.name() {
+                    "fast-bf16" | "fast-kleidiai" => 2f64.powi(-7),
+                    _ if adds_in_fp16(lane, rows) => 34.0 * 2f64.powi(-11),
+                    _ => 2f64.powi(-11),
+                };
+                for (r, x) in x.chunks(k).enumerate() {
+                    let largest = x.iter().fold(0f32, |max, x| max.max(x.abs()));
+                    let least = if adds_in_fp16(lane, rows) { 2f64.powi(-24) / 16.0 } else { 0.0 };
+                    let least = k as f64 * f64::from(largest) * least;
                     for j in 0..n {
                         let panel = &panels[j / PANEL * panel_len(k)..];
                         let terms = (0..k).map(|i| {
-                            f64::from(x[r * k + i]) * f64::from(panel[(i + 1) * PANEL + j % PANEL].to_f32())
+                            f64::from(x[i]) * f64::from(panel[(i + 1) * PANEL + j % PANEL].to_f32())
                         });
                         let bias = f64::from(panel[j % PANEL].to_f32());
                         let (sum, size) = terms.fold((bias, bias.abs()), |(s, a), t| (s + t, a + t.abs()));
-                        let bound = size * (2f64.powi(-7) + (k + 2) as f64 * 2f64.powi(-24));
+                        let bound = size * (unit + (k + 2) as f64 * 2f64.powi(-24)) + least;
                         let error = (f64::from(got[r * n + j]) - sum).abs();
                         assert!(error <= bound, "{} {rows} {k} {n}: {error} > {bound}", lane.name());
                     }
@@ -236,8 +329,17 @@ pub(crate) mod tests {
         let panels: Vec<f16> = noise(5, 2 * panel_len(k), 0.1).into_iter().map(f16::from_f32).collect();
         for lane in lanes() {
             let all = run(lane, &x, rows, k, &panels, n);
-            for (r, x) in x.chunks(k).enumerate() {
-                assert!(run(lane, x, 1, k, &panels, n) == all[r * n..][..n], "{} row {r}", lane.name());
+            // A lone row has sums of its own with FMLAL.
+            let least = if lane.name() == "fast-fhm" { 2 } else { 1 };
+            for count in least..=9 {
+                for first in (0..=rows - count).step_by(count) {
+                    let some = run(lane, &x[first * k..][..count * k], count, k, &panels, n);
+                    assert!(
+                        some == all[first * n..][..count * n],
+                        "{} {count} rows from {first}",
+                        lane.name()
+                    );
+                }
             }
         }
     }
@@ -245,12 +347,13 @@ pub(crate) mod tests {
     #[test]
     fn what_this_lane_holds_exactly_is_exact() {
         // Small whole numbers and powers of two: no lane rounds them.
-        let (rows, k, n) = (9, 33, 32);
-        let x: Vec<f32> = (0..rows * k).map(|i| (i % 7) as f32 - 3.0).collect();
+        let (k, n) = (133, 32);
         let panels: Vec<f16> =
             (0..panel_len(k)).map(|i| f16::from_f32(((i * 5) % 11) as f32 / 8.0)).collect();
         // KleidiAI's chains start from weights as they are, which FP16 rounds beside scaled products.
-        for lane in lanes().filter(|lane| lane.name() != "fast-kleidiai") {
+        let lanes = lanes().filter(|lane| lane.name() != "fast-kleidiai");
+        for (lane, rows) in lanes.flat_map(|lane| [1, 2, 9].map(|rows| (lane, rows))) {
+            let x: Vec<f32> = (0..rows * k).map(|i| (i % 7) as f32 - 3.0).collect();
             let y = run(lane, &x, rows, k, &panels, n);
             for (i, y) in y.iter().enumerate() {
                 let (r, j) = (i / n, i % n);

@@ -25,6 +25,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+#[cfg(target_arch = "aarch64")]
+mod fp16;
 #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
 mod kleidiai;
 #[cfg(target_arch = "aarch64")]
@@ -32,7 +34,7 @@ mod neon;
 mod portable;
 
 pub use attention::{KvGroup, attention, attention_scratch_len};
-pub use fast::{FastLane, FastLhs, Numerics, fast_product, fast_stride, pack_fast_row};
+pub use fast::{FAST_ROWS, FastLane, FastLhs, Numerics, fast_len, fast_product, fast_stride, pack_fast_rows};
 /// The element type of panels, of the `half` crate.
 pub use half::f16;
 pub use isa::Isa;

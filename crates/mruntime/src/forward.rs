@@ -127,7 +127,7 @@ fn scratch_lens(cfg: &Qwen2Config, limits: &Limits) -> ([usize; 12], usize) {
         batch(1),
         cfg.vocab_size as usize,
     ];
-    let packed = batch(mrt_kernels::fast_stride(hidden.max(attention).max(mlp)));
+    let packed = mrt_kernels::fast_len(limits.batch, hidden.max(attention).max(mlp));
     (f32s, packed)
 }
 

@@ -2,7 +2,8 @@
 
 use mrt_kernels::f16;
 use mrt_kernels::{
-    Epilogue, FastLane, FastLhs, Isa, KvGroup, Lhs, Numerics, PANEL, Rhs, Window, panel_count, panel_len,
+    Epilogue, FAST_ROWS, FastLane, FastLhs, Isa, KvGroup, Lhs, Numerics, PANEL, Rhs, Window, fast_len,
+    panel_count, panel_len,
 };
 
 use crate::kv_cache::{KvShape, v_row};
@@ -44,7 +45,7 @@ pub(crate) struct Products<'a> {
     /// Working memory of the threads, `[threads][worker_len]`.
     pub workers: &'a mut [f32],
     pub worker_len: usize,
-    /// Activations as a fast lane wants them, `[batch][fast_stride(inputs)]`, and the scale of each row.
+    /// Activations as a fast lane wants them, `fast_len(batch, inputs)`, and the scale of each row.
     pub packed: &'a mut [u16],
     pub scales: &'a mut [f32],
 }
@@ -85,13 +86,13 @@ fn pack<'a>(
     scales: &'a mut [f32],
     pool: &mut Pool,
 ) -> FastLhs<'a> {
-    let (stride, rows) = (mrt_kernels::fast_stride(lhs.k), 16);
-    let (packed, scales) = (&mut packed[..lhs.rows * stride], &mut scales[..lhs.rows]);
-    pool.run_split((Chunks::new(packed, rows * stride), Chunks::new(scales, rows)), |_, i, (out, scales)| {
-        let x = lhs.x[i * rows * lhs.stride..].chunks(lhs.stride);
-        for ((x, out), scale) in x.zip(out.chunks_exact_mut(stride)).zip(scales) {
-            *scale = mrt_kernels::pack_fast_row(lane, &x[..lhs.k], out);
-        }
+    let rows = 2 * FAST_ROWS;
+    let packed = &mut packed[..fast_len(lhs.rows, lhs.k)];
+    let scales = &mut scales[..lhs.rows];
+    let split = (Chunks::new(packed, fast_len(rows, lhs.k)), Chunks::new(scales, rows));
+    pool.run_split(split, |_, i, (out, scales)| {
+        let rows = i * rows..i * rows + scales.len();
+        mrt_kernels::pack_fast_rows(lane, lhs, rows, out, scales);
     });
     FastLhs { x: packed, scales, k: lhs.k }
 }
