@@ -6,6 +6,7 @@ spills registers to the stack, and prints a table: cycles per k (one row of a pa
 of multiply-adds that is. Fails if a loop spills, or if the GEMM tile is below 95 % of the peak on Neoverse V1 or V2.
 
     tests/scripts/arm64_mca.py
+    tests/scripts/arm64_mca.py --fast                               the fast lanes, beside KleidiAI's loops
     tests/scripts/arm64_mca.py --object FILE.o --function NAME      loops of another library's function
     tests/scripts/arm64_mca.py --widening                           ways to widen FP16 exactly in a GEMV
 
@@ -100,14 +101,60 @@ def widening():
         print(f"| {name} |", " | ".join(f"{cycles(code, core):.1f}" for core in CORES), "|")
 
 
+# Cycles per k of KleidiAI's matmul_clamp_f16_f16_f16p32x1b_6x32_neon_mla, as this script found them (see ARM64.md):
+# for one row, and for six, on the cores of CORES.
+KLEIDIAI = {1: [4.38, 2.01, 2.01, 2.01, 2.13], 6: [13.00, 6.01, 6.01, 6.01, 8.00]}
+# FP16 products that follow one another in a loop over whole blocks.
+FP16_BLOCK = 64
+
+
+def fast_lanes(path):
+    """Prints the loops of the fast lanes; returns what is wrong with them."""
+    print("| lane | loop | instructions per k |", " | ".join(CORES), "|")
+    print("|---|---|---|" + "---|" * len(CORES))
+    rows, failures, found = [], [], set()
+    for function, code in loops(path, r"fp16::(fp16|fhm)_product"):
+        lane = re.search(r"(fp16|fhm)_product", function)[1]
+        fp16 = [m for i in code if (m := re.match(r"fm(?:la|ul)\s+v\d+\.8h, v\d+\.8h, v\d+\.h\[(\d)\]", i))]
+        fmlal = [m for i in code if (m := re.match(r"fmlal2?\s+v\d+\.4s, v\d+\.4h, v\d+\.h\[(\d)\]", i))]
+        if len(fp16) > 2 * FP16_BLOCK:
+            k, height, unit = FP16_BLOCK, len({m[1] for m in fp16}), "FP16"
+            width = 8 * len(fp16) // (k * height)
+        elif not fp16 and len({m[1] for m in fmlal}) == 8:
+            k, height, width, unit = 8, 1, 4 * len(fmlal) // 8, "FMLAL"
+        else:
+            continue  # packing, or inputs that fill no block
+        failures += [f"fast-{lane}, {height}x{width}: {i} in the loop" for i in code if re.search(r"\[sp", i)]
+        row = []
+        for core, one, six in zip(CORES, KLEIDIAI[1], KLEIDIAI[6]):
+            per_k = cycles(code, core) / k
+            share = (one if height == 1 else six * height / 6) * width / 32 / per_k
+            row.append(f"{per_k:.2f} ({share:.0%})")
+            # FMLAL is to reach it where it is as fast as FMLA in the tables.
+            held = {"FP16": ["neoverse-v1", "neoverse-v2", "apple-m1"], "FMLAL": ["neoverse-v1"]}[unit]
+            if lane == "fhm" and (height in [4, 8] or unit == "FMLAL") and core in held:
+                found.add((unit, height))
+                if share < 0.9:
+                    failures.append(f"fast-fhm, {height}x{width}: {share:.1%} of KleidiAI's rate on {core}")
+        rows.append((lane, unit, height, f"{width} | {len(code) / k:.1f} | {' | '.join(row)} |"))
+    for lane, unit, height, row in sorted(rows):
+        print(f"| `fast-{lane}` | {unit} {height} x {row}")
+    if found != {("FP16", 4), ("FP16", 8), ("FMLAL", 1)}:
+        failures.append(f"loops are missing: found {sorted(found)}")
+    return failures
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--object", help="an object file or library; default: build mrt-kernels")
     parser.add_argument("--function", default="product::panel_product::on_neon", help="regular expression")
     parser.add_argument("--widening", action="store_true", help="compare ways to widen FP16, and nothing else")
+    parser.add_argument("--fast", action="store_true", help="the fast lanes, beside KleidiAI's loops")
     arguments = parser.parse_args()
     if arguments.widening:
         return widening()
+    if arguments.fast:
+        return report(fast_lanes(arguments.object or build()))
 
     independent = [f"fmla v{i}.4s, v30.4s, v31.s[0]" for i in range(24)]
     peak = {core: len(independent) / cycles(independent, core) for core in CORES}
@@ -140,6 +187,10 @@ def main():
         print(line)
     if not rows:
         failures.append("no loop found")
+    report(failures)
+
+
+def report(failures):
     for failure in failures:
         print(failure, file=sys.stderr)
     sys.exit(bool(failures))
