@@ -454,6 +454,10 @@ pub(crate) mod tests {
 
     /// The logits of every token, computed with calls of `split` tokens.
     fn logits(tokens: &[u32], limits: Limits, isa: Isa, split: usize) -> Vec<u32> {
+        logits_with(Numerics::Exact, tokens, limits, isa, split)
+    }
+
+    fn logits_with(numerics: Numerics, tokens: &[u32], limits: Limits, isa: Isa, split: usize) -> Vec<u32> {
         let weights = random_arena();
         let weights = Qwen2Weights::from_arena(&CFG, weights.bytes()).unwrap();
         let mut arenas = create_qwen2_arenas(&CFG, &limits).unwrap();
@@ -461,6 +465,7 @@ pub(crate) mod tests {
         bytemuck::cast_slice_mut::<u8, f32>(&mut arenas.scratch.bytes_mut()[..64]).fill(f32::NAN);
         let mut kv = qwen2_init_kv_cache(&CFG, limits.context, &mut arenas.kv_cache.bump()).unwrap();
         let mut scratch = qwen2_init_scratch(&CFG, &limits, isa, &mut arenas.scratch.bump()).unwrap();
+        scratch.set_numerics(numerics);
         let mut pool = Pool::new(limits.threads).unwrap();
         let mut all = vec![0.0; tokens.len() * CFG.vocab_size as usize];
         for (tokens, logits) in tokens.chunks(split).zip(all.chunks_mut(split * CFG.vocab_size as usize)) {
@@ -468,6 +473,34 @@ pub(crate) mod tests {
         }
         assert_eq!(kv.len(), tokens.len());
         all.iter().map(|x| x.to_bits()).collect()
+    }
+
+    /// What a fast lane promises: nothing depends on the number of threads, and results are near the exact ones.
+    #[test]
+    fn fast_lanes_give_the_same_bits_on_every_number_of_threads() {
+        let tokens = tokens(37);
+        for isa in Isa::supported() {
+            let Some(fast) = Numerics::fast(isa) else { continue };
+            let limits = |threads| Limits { context: 37, batch: 37, threads };
+            let exact = logits(&tokens, limits(1), isa, 37);
+            // 17 tokens end in a group of one row.
+            for split in [1, 17, 37] {
+                let want = logits_with(fast, &tokens, limits(1), isa, split);
+                for threads in [2, 3, 8] {
+                    let got = logits_with(fast, &tokens, limits(threads), isa, split);
+                    assert!(got == want, "{} threads {threads} split {split}", fast.name());
+                }
+                let number = |x: &u32| f64::from(f32::from_bits(*x));
+                let square: f64 = exact.iter().map(|x| number(x).powi(2)).sum();
+                let error: f64 = exact.iter().zip(&want).map(|(x, y)| (number(x) - number(y)).powi(2)).sum();
+                // A 16-bit format rounds each product's inputs to 2^-8 or less; nine products follow one another.
+                assert!(
+                    (error / square).sqrt() < 9.0 / 256.0,
+                    "{} split {split}: {error} of {square}",
+                    fast.name()
+                );
+            }
+        }
     }
 
     #[test]
