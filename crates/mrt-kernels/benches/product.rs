@@ -1,5 +1,5 @@
-//! Throughput of `panel_product` on one thread, on the products of Qwen2.5-0.5B: bytes of weights and, as "items",
-//! floating-point operations a second.
+//! Throughput of `panel_product` and `fast_product` on one thread, on the products of Qwen2.5-0.5B: bytes of weights and,
+//! as "items", floating-point operations a second.
 //!
 //! One row is decoding, 512 are prefill. Weights come from memory, as they do when a model runs: passes go round a
 //! buffer that is larger than caches are.
@@ -12,7 +12,8 @@ use divan::counter::{BytesCount, ItemsCount};
 use half::f16;
 use memmap2::MmapMut;
 use mrt_kernels::{
-    Epilogue, Isa, Lhs, Rhs, Window, panel_count, panel_len, panel_product, product_scratch_len,
+    Epilogue, FastLane, FastLhs, Isa, Lhs, Rhs, Window, fast_len, fast_product, pack_fast_rows, panel_count,
+    panel_len, panel_product, product_scratch_len,
 };
 
 const WEIGHT_BYTES: usize = 512 << 20;
@@ -31,22 +32,28 @@ static WEIGHTS: LazyLock<MmapMut> = LazyLock::new(|| {
     map
 });
 
-/// The instruction set and the number of rows.
+/// The instruction set, the fast lane if it is to multiply, and the number of rows.
 struct Case {
     isa: Isa,
+    lane: Option<FastLane>,
     rows: usize,
 }
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.isa.name(), self.rows)
+        let lane = self.lane.map_or("exact", FastLane::name);
+        write!(f, "{} {lane} {}", self.isa.name(), self.rows)
     }
 }
 
-/// Every vector instruction set with every number of rows.
+/// Every vector instruction set and fast lane with every number of rows that it takes.
 fn cases() -> impl Iterator<Item = Case> {
     let isas = Isa::supported().filter(|&isa| isa != Isa::PORTABLE || isa == Isa::detect());
-    isas.flat_map(|isa| [1, 2, 4, 8, 32, 512].map(|rows| Case { isa, rows }))
+    let lanes = isas.flat_map(|isa| {
+        std::iter::once((isa, None)).chain(FastLane::detect(isa).map(|lane| (isa, Some(lane))))
+    });
+    let cases = lanes.flat_map(|(isa, lane)| [1, 2, 4, 8, 32, 512].map(|rows| Case { isa, lane, rows }));
+    cases.filter(|case| case.lane.is_none_or(|lane| lane.takes(case.rows)))
 }
 
 #[divan::bench(args = cases(), max_time = 1)]
@@ -76,13 +83,14 @@ fn lm_head(bencher: Bencher<'_, '_>, case: &Case) {
 
 /// The product of `case.rows` rows of `k` activations with panels that give `n` columns.
 fn product(bencher: Bencher<'_, '_>, case: &Case, k: usize, n: usize, epilogue: Epilogue) {
-    let &Case { isa, rows } = case;
+    let &Case { isa, lane, rows } = case;
     let matrices = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
     let len = matrices * panel_count(n) * panel_len(k);
     let weights: &[f16] = bytemuck::cast_slice(&WEIGHTS);
     let x = vec![0.5; rows * k];
     let mut y = vec![0.0; rows * n];
     let mut scratch = vec![0.0; product_scratch_len(rows)];
+    let (mut packed, mut scales) = (vec![0; fast_len(rows, k)], vec![0.0; rows]);
     let mut start = 0;
     bencher
         .counter(BytesCount::new(len * size_of::<f16>()))
@@ -91,8 +99,14 @@ fn product(bencher: Bencher<'_, '_>, case: &Case, k: usize, n: usize, epilogue: 
             let panels = &weights[start..][..len];
             start = if start + 2 * len <= weights.len() { start + len } else { 0 };
             let lhs = Lhs { x: &x, rows, stride: k, k };
-            let mut out = Window::new(&mut y, rows, n, n);
-            panel_product(isa, lhs, Rhs::weights(panels, k), epilogue, &mut out, &mut scratch);
+            let (rhs, mut out) = (Rhs::weights(panels, k), Window::new(&mut y, rows, n, n));
+            if let Some(lane) = lane {
+                pack_fast_rows(lane, lhs, 0..rows, &mut packed, &mut scales);
+                let lhs = FastLhs { x: &packed, scales: &scales, k };
+                fast_product(lane, lhs, rhs, epilogue, &mut out, &mut scratch);
+            } else {
+                panel_product(isa, lhs, rhs, epilogue, &mut out, &mut scratch);
+            }
         });
 }
 
