@@ -1,8 +1,8 @@
 //! Throughput of `attention` on one thread, for one KV group of Qwen2.5-0.5B (7 query heads of width 64): bytes of keys
 //! and values and, as "items", floating-point operations a second.
 //!
-//! One token is decoding, 6 are a tile of prefill. Keys and values come from the caches' far end or from memory, as they
-//! do when a model runs: passes go round a buffer that is larger than caches are.
+//! One token is decoding, 6 are a tile of prefill. Keys and values come from memory, as they do when a model runs: passes go
+//! round a buffer that is larger than caches are.
 
 use std::fmt;
 
