@@ -20,6 +20,6 @@ reader --vectors tests/vectors/files.json
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
 for model in tests/goldens/tiny/*; do
-    cargo run -q -p mr-convert -- "$model" "$folder/model.mrt" >"$folder/log"
+    cargo run -q --bin mr-convert -- "$model" "$folder/model.mrt" >"$folder/log"
     reader "$folder/model.mrt" --safetensors "$model"
 done
