@@ -24,6 +24,8 @@ impl Lanes for Lanes16 {
     const TILE_ROWS: usize = 6;
     const TILE_GROUPS: usize = 1;
     const DIRECT_ROWS: usize = 2;
+    /// With one at a time, the addresses of the rows take as many instructions as the multiply-adds.
+    const K_STEP: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

@@ -411,7 +411,9 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
         }
         let whole = k / L::K_STEP * L::K_STEP;
         for i in (0..whole).step_by(L::K_STEP) {
-            E::prefetch::<L>(ahead.wrapping_add(i * PANEL));
+            for i in i..i + L::K_STEP {
+                E::prefetch::<L>(ahead.wrapping_add(i * PANEL));
+            }
             L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * b_stride), b_stride);
         }
         for i in whole..k {
