@@ -146,21 +146,20 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
         largest(logits, options.top_k as usize, candidates);
         let total: f32 = candidates.iter().map(weight).sum();
         keep_nucleus(candidates, weight, options.top_p * total);
-    } else if options.top_p < 1.0 {
-        // The nucleus is small as a rule: look for it among a few, then among more.
-        let mut k = 64;
-        while {
-            largest(logits, k, candidates);
-            !keep_nucleus(candidates, weight, options.top_p * total) && k < logits.len()
-        } {
-            k *= 8;
-        }
+        // The most probable token has weight 1.
+        candidates.retain(|c| weight(c) >= options.min_p);
     } else {
+        // All weights below the floor together are less than what a nucleus leaves out.
+        let floor = (1.0 - options.top_p) * total / logits.len() as f32;
         candidates.clear();
-        candidates.extend(logits.iter().enumerate().map(|(id, &logit)| Candidate { id: id as u32, logit }));
+        each_above(weights, floor.max(options.min_p).next_down(), |id, _, floor| {
+            candidates.push(Candidate { id: id as u32, logit: logits[id] });
+            floor
+        });
+        if options.top_p < 1.0 {
+            keep_nucleus(candidates, weight, options.top_p * total);
+        }
     }
-    // The most probable token has weight 1.
-    candidates.retain(|c| weight(c) >= options.min_p);
 
     let total: f32 = candidates.iter().map(weight).sum();
     let mut left = next_random(&mut sampler.random) * total;
@@ -176,12 +175,34 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
 /// The first of the largest logits.
 pub fn argmax(logits: &[f32]) -> u32 {
     let mut best = 0;
-    for (i, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = i;
+    each_above(logits, f32::NEG_INFINITY, |id, logit, _| {
+        best = id as u32;
+        logit
+    });
+    best
+}
+
+/// Calls `f(i, value, threshold)` for each value above a threshold, in order; `f` returns the threshold from there on.
+fn each_above(values: &[f32], mut threshold: f32, mut f: impl FnMut(usize, f32, f32) -> f32) {
+    // Of most blocks only the maximum is looked at, which takes vector instructions.
+    const BLOCK: usize = 128;
+    const LANES: usize = 16;
+    for (start, block) in (0..).step_by(BLOCK).zip(values.chunks(BLOCK)) {
+        let (vectors, rest) = block.as_chunks::<LANES>();
+        let mut max = [f32::NEG_INFINITY; LANES];
+        for vector in vectors {
+            for (max, &x) in max.iter_mut().zip(vector) {
+                *max = if x > *max { x } else { *max };
+            }
+        }
+        if max.iter().chain(rest).any(|&x| x > threshold) {
+            for (i, &x) in (start..).zip(block) {
+                if x > threshold {
+                    threshold = f(i, x, threshold);
+                }
+            }
         }
     }
-    best as u32
 }
 
 /// Larger logits first, then smaller ids.
@@ -194,38 +215,49 @@ fn largest(logits: &[f32], k: usize, candidates: &mut Vec<Candidate>) {
     candidates.clear();
     let k = k.min(logits.len());
     let room = (2 * k).max(256).min(logits.len());
-    let mut threshold = f32::NEG_INFINITY;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > threshold || threshold == f32::NEG_INFINITY {
-            if candidates.len() == room {
-                candidates.select_nth_unstable_by(k - 1, rank);
-                candidates.truncate(k);
-                threshold = candidates[k - 1].logit;
-                if logit <= threshold {
-                    continue;
-                }
-            }
-            candidates.push(Candidate { id: id as u32, logit });
+    each_above(logits, f32::NEG_INFINITY, |id, logit, threshold| {
+        candidates.push(Candidate { id: id as u32, logit });
+        if candidates.len() < room {
+            return threshold;
         }
-    }
+        keep_best(candidates, k);
+        candidates[k - 1].logit
+    });
+    keep_best(candidates, k);
+    candidates.sort_unstable_by(rank);
+}
+
+/// Keeps the `k` candidates of highest rank, in any order.
+fn keep_best(candidates: &mut Vec<Candidate>, k: usize) {
     if candidates.len() > k {
         candidates.select_nth_unstable_by(k - 1, rank);
         candidates.truncate(k);
     }
-    candidates.sort_unstable_by(rank);
 }
 
-/// Cuts ranked candidates to the first ones whose weights sum to at least `mass`; false when all of them do not.
-fn keep_nucleus(candidates: &mut Vec<Candidate>, weight: impl Fn(&Candidate) -> f32, mass: f32) -> bool {
-    let mut sum = 0.0;
-    let last = candidates.iter().position(|c| {
-        sum += weight(c);
-        sum >= mass
-    });
-    if let Some(last) = last {
-        candidates.truncate(last + 1);
+/// Cuts candidates to the first ones by rank whose weights sum to at least `mass`, if there are such.
+fn keep_nucleus(candidates: &mut Vec<Candidate>, weight: impl Fn(&Candidate) -> f32, mass: f32) {
+    // It is small as a rule: look for it among a few, then among more.
+    let mut k = 64;
+    loop {
+        let some = k.min(candidates.len());
+        if some < candidates.len() {
+            candidates.select_nth_unstable_by(some, rank);
+        }
+        candidates[..some].sort_unstable_by(rank);
+        let mut sum = 0.0;
+        let last = candidates[..some].iter().position(|c| {
+            sum += weight(c);
+            sum >= mass
+        });
+        if let Some(last) = last {
+            return candidates.truncate(last + 1);
+        }
+        if some == candidates.len() {
+            return;
+        }
+        k *= 8;
     }
-    last.is_some()
 }
 
 /// A number in 0 .. 1 from SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
@@ -331,6 +363,46 @@ mod tests {
                 let ids = |c: &[Candidate]| c.iter().map(|c| c.id).collect::<Vec<_>>();
                 assert_eq!(ids(&found), ids(&all[..k.min(n)]), "n {n} k {k}");
                 assert!(found.capacity() == n);
+            }
+        }
+    }
+
+    #[test]
+    fn argmax_is_the_first_maximum() {
+        let mut state = 4;
+        for n in [1, 15, 16, 17, 127, 128, 129, 5000] {
+            let mut logits: Vec<f32> = (0..n).map(|_| (next_random(&mut state) * 50.0).floor()).collect();
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let first = logits.iter().position(|&x| x == max).unwrap();
+            assert_eq!(argmax(&logits), first as u32, "{n}");
+            logits[first] = f32::NAN;
+            logits.push(51.0);
+            assert_eq!(argmax(&logits), n as u32);
+        }
+        assert_eq!(argmax(&[f32::NEG_INFINITY; 3]), 0);
+    }
+
+    #[test]
+    fn a_nucleus_is_the_shortest_beginning_of_all_in_order() {
+        let mut state = 5;
+        for n in [1, 64, 65, 5000] {
+            let all: Vec<_> = (0..n)
+                .map(|id| Candidate { id, logit: (next_random(&mut state) * 200.0).floor() / 20.0 })
+                .collect();
+            let weight = |c: &Candidate| (c.logit - 10.0).exp();
+            let mut sorted = all.clone();
+            sorted.sort_by(rank);
+            let total: f32 = sorted.iter().map(weight).sum();
+            for p in [0.01, 0.3, 0.9, 0.999] {
+                let mut found = all.clone();
+                keep_nucleus(&mut found, weight, p * total);
+                let (mut len, mut sum) = (0, 0.0);
+                while sum < p * total {
+                    sum += weight(&sorted[len]);
+                    len += 1;
+                }
+                let ids = |c: &[Candidate]| c.iter().map(|c| c.id).collect::<Vec<_>>();
+                assert_eq!(ids(&found), ids(&sorted[..len]), "n {n} p {p}");
             }
         }
     }
