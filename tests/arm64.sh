@@ -9,7 +9,8 @@
 #   ARM64_RUSTC=PATH              the compiler (default: `rustc`, else Debian's, whichever has the target's std)
 #
 # All are the tests of the crates that run on the target, and of the bits that models give, a real one too, on the CPU
-# with every instruction set and on the smallest; the kernels' tests on CPUs between; and instruction counts compared.
+# with every instruction set and on the smallest; the kernels' tests on CPUs between; both fast lanes with a real model; and
+# instruction counts compared.
 #
 # What is missing is installed by apt-get if this runs as root, and named otherwise.
 set -euo pipefail
@@ -84,6 +85,9 @@ for cpu in max cortex-a53; do
 done
 for cpu in cortex-a72 cortex-a76 neoverse-n1; do
     on "$cpu" --lib -p mrt-kernels
+done
+for cpu in max cortex-a76; do
+    on "$cpu" --test fast_lane -p mruntime-tests -- --nocapture
 done
 unset QEMU_CPU
 tests/scripts/arm64_instructions.py

@@ -3,56 +3,19 @@
 
 #![forbid(unsafe_code)]
 
-use mruntime_tests::{Run, compare_greedy, goldens, max_abs_difference, read_f32, smollm2, with_model};
+use mruntime_tests::smollm2_golden::{Golden, Prompt, Text};
+use mruntime_tests::{
+    Run, compare_greedy, kl_divergence, log_probabilities, max_abs_difference, smollm2, with_model,
+};
 use mruntime_text::{ChatTemplate, SpecialTokenNames, SpecialTokens, Tokenizer};
-use serde::Deserialize;
-
-#[derive(Deserialize)]
-struct Golden {
-    prompts: Vec<Prompt>,
-    text: Text,
-}
-
-#[derive(Deserialize)]
-struct Prompt {
-    name: String,
-    ids: Vec<u32>,
-    greedy: Vec<u32>,
-    greedy_margin: Vec<f32>,
-    /// How far rounding the KV cache to FP16 moves a logit of transformers after the prompt.
-    fp16_kv_max_dlogit: f32,
-}
-
-#[derive(Deserialize)]
-struct Text {
-    ids: Vec<u32>,
-}
-
-fn golden() -> Golden {
-    let path = goldens().join("smollm2/golden.json");
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-/// Natural logarithms of the softmax of `logits`.
-fn log_probabilities(logits: &[f32]) -> Vec<f64> {
-    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let log_sum = logits.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln() + max;
-    logits.iter().map(|&x| f64::from(x) - log_sum).collect()
-}
-
-/// Kullback-Leibler divergence of the distributions of two sets of logits, in nats.
-fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
-    let (p, q) = (log_probabilities(p), log_probabilities(q));
-    p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
-}
 
 #[test]
 fn logits_equal_those_of_transformers() {
-    let (model, golden) = (smollm2(), golden());
-    let logits = read_f32(&goldens().join("smollm2/golden_logits.bin"));
+    let (model, golden) = (smollm2(), Golden::read());
     let vocab = model.config().vocab_size as usize;
     let mut kl_sum = 0.0;
-    for (prompt, theirs) in golden.prompts.iter().zip(logits.chunks_exact(vocab)) {
+    for prompt in &golden.prompts {
+        let theirs = &prompt.logits;
         let mut ours = vec![0.0; vocab];
         with_model(model.config(), model.arena(), prompt.ids.len(), Run::usual(), |mut ready| {
             ready.forward(&prompt.ids, &mut ours);
@@ -72,7 +35,7 @@ fn logits_equal_those_of_transformers() {
 fn greedy_tokens_equal_those_of_transformers() {
     let model = smollm2();
     let (mut equal, mut steps) = (0, 0);
-    for prompt in golden().prompts {
+    for prompt in Golden::read().prompts {
         let Prompt { name, ids, greedy, greedy_margin, .. } = &prompt;
         let context = ids.len() + greedy.len();
         let ours = with_model(model.config(), model.arena(), context, Run::usual(), |mut ready| {
@@ -90,8 +53,7 @@ fn greedy_tokens_equal_those_of_transformers() {
 fn the_likelihood_of_a_long_text_is_that_of_transformers() {
     const CALL: usize = 128;
     let model = smollm2();
-    let tokens = golden().text.ids;
-    let theirs = read_f32(&goldens().join("smollm2/golden_nll.bin"));
+    let Text { ids: tokens, nll: theirs } = Golden::read().text;
     let vocab = model.config().vocab_size as usize;
     let mut ours = Vec::new();
     with_model(model.config(), model.arena(), tokens.len(), Run::usual(), |mut ready| {

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod fuzz;
+pub mod smollm2_golden;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -259,6 +260,19 @@ pub fn max_abs_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     // Unlike `f32::max`, this lets a NaN through.
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d <= max { max } else { d })
+}
+
+/// Natural logarithms of the softmax of `logits`.
+pub fn log_probabilities(logits: &[f32]) -> Vec<f64> {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let log_sum = logits.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln() + max;
+    logits.iter().map(|&x| f64::from(x) - log_sum).collect()
+}
+
+/// Kullback-Leibler divergence of the distributions of two sets of logits, in nats.
+pub fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
+    let (p, q) = (log_probabilities(p), log_probabilities(q));
+    p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
 /// The example of README.md, compiled as a doc test.
