@@ -9,7 +9,7 @@
 A round starts, for each program and number of threads, a process from its start to the first token of a prompt of 16
 tokens, and a process that prefills 512 tokens and decodes 64 after 32. Each does every measured thing once before, to
 warm up. RESULTS.csv has a line for every single measurement. Before the first round all model files are read anew into
-the page cache, 16 MiB at a time, and `run` says how much of each sits in huge pages.
+the page cache, through mappings that ask for huge pages, and `run` says how much of each sits in such.
 
 Needs Python 3.9 with venv, a C++ compiler, cargo, and mr-bench and mr-convert in PATH (or in --bin).
 """
@@ -139,14 +139,13 @@ def versions(directory):
 
 
 def read_anew(path):
-    """Reads a file that is not in the page cache, in big pieces, and returns MiB of it in huge pages and in all."""
-    with open(path, "rb", buffering=0) as file:
+    """Reads a file that is not in the page cache, in huge pages, and returns MiB of it in huge pages and in all."""
+    with open(path, "rb") as file:
         size = os.path.getsize(path)
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while file.read(16 << 20):
-            pass
         with mmap.mmap(file.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
             mapping.madvise(22)  # MADV_POPULATE_READ
             with open("/proc/self/smaps") as smaps:
                 entry = smaps.read().split(os.path.realpath(path))[1]
