@@ -22,6 +22,9 @@ pub(crate) trait Lanes: Copy {
     const TILE_GROUPS: usize;
     /// Rows up to which the registers hold all 32 columns of a panel beside its widened FP16 row.
     const DIRECT_ROWS: usize;
+    /// Rows up to which each tile converts FP16 for itself, in a pass over each half of a panel. With more, a block of the
+    /// panel is widened once for all.
+    const HALF_ROWS: usize = Self::TILE_ROWS;
     /// Inputs (k) that [`Lanes::tile_steps`] takes at a time.
     const K_STEP: usize = 1;
 

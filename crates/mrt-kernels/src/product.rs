@@ -18,8 +18,8 @@ use crate::window::Window;
 /// side pass over them. Shorter blocks would fit the L1 cache, but load and store the sums more often.
 pub(crate) const K_BLOCK: usize = 1024;
 
-/// Rows of k after which a small batch changes to the other half of the panel: 4 KiB of FP16, so that the second
-/// half finds the block in the L1 cache.
+/// Rows of k after which a small batch changes to the other half of the panel: 4 KiB of FP16, which stay in the L1 cache
+/// for the second half and for all tiles.
 const DIRECT_BLOCK: usize = 64;
 
 /// How far ahead a tile that reads FP16 panels, which come from memory, fetches them: 64 rows. One thread's GEMV reaches
@@ -261,6 +261,31 @@ pub(crate) struct Sums {
     pub stride: usize,
 }
 
+/// Rows of a panel that will be read next, to be prefetched. Of the tiles over one block each fetches a part, so that all of
+/// it comes at an even rate.
+#[derive(Clone, Copy)]
+struct Ahead {
+    /// Any address.
+    panel: *const f16,
+    part: usize,
+    parts: usize,
+}
+
+impl Ahead {
+    fn all(panel: *const f16) -> Self {
+        Ahead { panel, part: 0, parts: 1 }
+    }
+
+    /// Part `i` of `n` of this part.
+    fn part(self, i: usize, n: usize) -> Self {
+        Ahead { panel: self.panel, part: self.part * n + i, parts: self.parts * n }
+    }
+
+    fn halves(self) -> [Self; 2] {
+        [self.part(0, 2), self.part(1, 2)]
+    }
+}
+
 /// Continues the chains of `rows` rows of 32 sums with `k` inputs: adds the products of `x` with `k` rows of a panel.
 ///
 /// # Safety
@@ -281,35 +306,29 @@ pub(crate) unsafe fn add_products<L: Lanes>(
     unsafe {
         if rows <= L::DIRECT_ROWS {
             // One pass over the whole width, straight from the FP16 panel.
-            let ahead = panel.wrapping_add(PREFETCH_ROWS * PANEL);
+            let ahead = Ahead::all(panel.wrapping_add(PREFETCH_ROWS * PANEL));
             tile_rows::<L, f16, 2>(rows, x, k, panel, ahead, sums);
-        } else if L::DIRECT_ROWS < L::TILE_ROWS && rows <= L::TILE_ROWS {
+        } else if rows <= L::HALF_ROWS {
             for start in (0..k).step_by(DIRECT_BLOCK) {
                 let block = DIRECT_BLOCK.min(k - start);
                 let (x, panel) = (Left { x: x.x.add(start), ..x }, panel.add(start * PANEL));
-                let ahead = panel.wrapping_add(PREFETCH_ROWS * PANEL);
-                tile_rows::<L, f16, 1>(rows, x, block, panel, ahead, sums);
-                tile_rows::<L, f16, 1>(
-                    rows,
-                    x,
-                    block,
-                    panel.add(LANES),
-                    ahead.wrapping_add(LANES),
-                    right(sums),
-                );
+                let [ahead, ahead_right] = Ahead::all(panel.wrapping_add(DIRECT_BLOCK * PANEL)).halves();
+                tiles::<L, f16, 1>(rows, x, block, panel, ahead, sums);
+                tiles::<L, f16, 1>(rows, x, block, panel.add(LANES), ahead_right, right(sums));
             }
         } else {
             for start in (0..k).step_by(K_BLOCK) {
                 let block = K_BLOCK.min(k - start);
                 widen_block::<L>(panel.add(start * PANEL), block, wide.as_mut_ptr());
                 // What is widened next, of this panel or the one after it, comes from memory meanwhile.
-                let ahead = panel.wrapping_add((start + block) * PANEL);
+                let ahead = Ahead::all(panel.wrapping_add((start + block) * PANEL));
                 let (x, wide) = (Left { x: x.x.add(start), ..x }, wide.as_ptr());
                 if L::TILE_GROUPS == 2 {
-                    tiles::<L, 2>(rows, x, block, wide, ahead, sums);
+                    tiles::<L, f32, 2>(rows, x, block, wide, ahead, sums);
                 } else {
-                    tiles::<L, 1>(rows, x, block, wide, ahead, sums);
-                    tiles::<L, 1>(rows, x, block, wide.add(block * LANES), ahead, right(sums));
+                    let [ahead, ahead_right] = ahead.halves();
+                    tiles::<L, f32, 1>(rows, x, block, wide, ahead, sums);
+                    tiles::<L, f32, 1>(rows, x, block, wide.add(block * LANES), ahead_right, right(sums));
                 }
             }
         }
@@ -333,17 +352,17 @@ unsafe fn widen_block<L: Lanes>(panel: *const f16, block: usize, wide: *mut f32)
     }
 }
 
-/// All rows of `x` over one widened block, in tiles of nearly equal height.
+/// All rows of `x` over one block, in tiles of nearly equal height.
 ///
 /// # Safety
 /// As `tile`, for all rows.
 #[inline(always)]
-unsafe fn tiles<L: Lanes, const G: usize>(
+unsafe fn tiles<L: Lanes, E: Element, const G: usize>(
     rows: usize,
     x: Left,
     k: usize,
-    b: *const f32,
-    ahead: *const f16,
+    b: *const E,
+    ahead: Ahead,
     sums: Sums,
 ) {
     let count = rows.div_ceil(L::TILE_ROWS);
@@ -353,7 +372,7 @@ unsafe fn tiles<L: Lanes, const G: usize>(
         unsafe {
             let x = Left { x: x.x.add(first * x.stride), ..x };
             let sums = Sums { y: sums.y.add(first * sums.stride), ..sums };
-            tile_rows::<L, f32, G>(end - first, x, k, b, ahead, sums);
+            tile_rows::<L, E, G>(end - first, x, k, b, ahead.part(t, count), sums);
         }
     }
 }
@@ -368,7 +387,7 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
     x: Left,
     k: usize,
     b: *const E,
-    ahead: *const f16,
+    ahead: Ahead,
     sums: Sums,
 ) {
     macro_rules! heights {
@@ -385,8 +404,8 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
     heights!(1 2 3 4 5 6 7 8 9 10 11 12)
 }
 
-/// The register tile: adds the products of `k` inputs to `R` rows of `16 * G` sums, and prefetches `k` rows of a panel at
-/// `ahead`, any address.
+/// The register tile: adds the products of `k` inputs to `R` rows of `16 * G` sums, and prefetches its part of the `k` rows
+/// of a panel at `ahead`.
 ///
 /// # Safety
 /// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `b` has `k` rows of `16 * G` elements,
@@ -396,7 +415,7 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
     x: Left,
     k: usize,
     b: *const E,
-    ahead: *const f16,
+    ahead: Ahead,
     sums: Sums,
 ) {
     let Left { x, stride: x_stride } = x;
@@ -410,10 +429,16 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
             }
         }
         let whole = k / L::K_STEP * L::K_STEP;
+        let (mut ahead_row, mut wait) = (k * ahead.part / ahead.parts, 0);
         for i in (0..whole).step_by(L::K_STEP) {
-            for i in i..i + L::K_STEP {
-                E::prefetch::<L>(ahead.wrapping_add(i * PANEL));
+            if wait == 0 {
+                for _ in 0..L::K_STEP {
+                    E::prefetch::<L>(ahead.panel.wrapping_add(ahead_row * PANEL));
+                    ahead_row += 1;
+                }
+                wait = ahead.parts;
             }
+            wait -= 1;
             L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * b_stride), b_stride);
         }
         for i in whole..k {
