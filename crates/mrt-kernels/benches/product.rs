@@ -23,14 +23,19 @@ const QKV_COLUMNS: usize = 1152;
 const INTERMEDIATE: usize = 4864;
 const VOCAB: usize = 151_936;
 
-/// In huge pages where the system gives them, as the arenas of the runtime are.
 static WEIGHTS: LazyLock<MmapMut> = LazyLock::new(|| {
-    let mut map = MmapMut::map_anon(WEIGHT_BYTES).expect("memory");
+    let mut weights = arena(WEIGHT_BYTES / size_of::<f32>());
+    bytemuck::cast_slice_mut::<u8, f16>(&mut weights).fill(f16::from_f32(0.01));
+    weights
+});
+
+/// Zeros for `len` f32, aligned and in huge pages where the system gives them, as the arenas of the runtime are.
+fn arena(len: usize) -> MmapMut {
+    let map = MmapMut::map_anon(len * size_of::<f32>()).expect("memory");
     #[cfg(target_os = "linux")]
     let _ = map.advise(memmap2::Advice::HugePage);
-    bytemuck::cast_slice_mut::<u8, f16>(&mut map).fill(f16::from_f32(0.01));
     map
-});
+}
 
 /// The instruction set, the fast lane if it is to multiply, and the number of rows.
 struct Case {
@@ -52,7 +57,7 @@ fn cases() -> impl Iterator<Item = Case> {
     let lanes = isas.flat_map(|isa| {
         std::iter::once((isa, None)).chain(FastLane::detect(isa).map(|lane| (isa, Some(lane))))
     });
-    let cases = lanes.flat_map(|(isa, lane)| [1, 2, 4, 8, 32, 512].map(|rows| Case { isa, lane, rows }));
+    let cases = lanes.flat_map(|(isa, lane)| [1, 2, 4, 8, 32, 128, 512].map(|rows| Case { isa, lane, rows }));
     cases.filter(|case| case.lane.is_none_or(|lane| lane.takes(case.rows)))
 }
 
@@ -87,9 +92,9 @@ fn product(bencher: Bencher<'_, '_>, case: &Case, k: usize, n: usize, epilogue: 
     let matrices = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
     let len = matrices * panel_count(n) * panel_len(k);
     let weights: &[f16] = bytemuck::cast_slice(&WEIGHTS);
-    let x = vec![0.5; rows * k];
-    let mut y = vec![0.0; rows * n];
-    let mut scratch = vec![0.0; product_scratch_len(rows)];
+    let (mut x, mut y, mut scratch) = (arena(rows * k), arena(rows * n), arena(product_scratch_len(rows)));
+    let [x, y, scratch] = [&mut x, &mut y, &mut scratch].map(|arena| bytemuck::cast_slice_mut(arena));
+    x.fill(0.5);
     let (mut packed, mut scales) = (vec![0; fast_len(rows, k)], vec![0.0; rows]);
     let mut start = 0;
     bencher
@@ -98,14 +103,14 @@ fn product(bencher: Bencher<'_, '_>, case: &Case, k: usize, n: usize, epilogue: 
         .bench_local(|| {
             let panels = &weights[start..][..len];
             start = if start + 2 * len <= weights.len() { start + len } else { 0 };
-            let lhs = Lhs { x: &x, rows, stride: k, k };
-            let (rhs, mut out) = (Rhs::weights(panels, k), Window::new(&mut y, rows, n, n));
+            let lhs = Lhs { x, rows, stride: k, k };
+            let (rhs, mut out) = (Rhs::weights(panels, k), Window::new(y, rows, n, n));
             if let Some(lane) = lane {
                 pack_fast_rows(lane, lhs, 0..rows, &mut packed, &mut scales);
                 let lhs = FastLhs { x: &packed, scales: &scales, k };
-                fast_product(lane, lhs, rhs, epilogue, &mut out, &mut scratch);
+                fast_product(lane, lhs, rhs, epilogue, &mut out, scratch);
             } else {
-                panel_product(isa, lhs, rhs, epilogue, &mut out, &mut scratch);
+                panel_product(isa, lhs, rhs, epilogue, &mut out, scratch);
             }
         });
 }

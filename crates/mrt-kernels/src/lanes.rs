@@ -16,15 +16,12 @@ pub(crate) const F16_MAX: f32 = 65504.0;
 /// A value exists only where its instruction set does: the constructors are `unsafe` and demand it, and
 /// arithmetic on values is safe because a value is the proof.
 pub(crate) trait Lanes: Copy {
-    /// Rows of the GEMM register tile: as many as leave room for the right-hand side in the register file.
+    /// Rows of the GEMM register tile, which is 16 columns wide.
     const TILE_ROWS: usize;
-    /// Width of the GEMM register tile, in vectors of 16 columns: 1 or 2.
-    const TILE_GROUPS: usize;
     /// Rows up to which the registers hold all 32 columns of a panel beside its widened FP16 row.
     const DIRECT_ROWS: usize;
-    /// Rows up to which each tile converts FP16 for itself, in a pass over each half of a panel. With more, a block of the
-    /// panel is widened once for all.
-    const HALF_ROWS: usize = Self::TILE_ROWS;
+    /// Whether a block of a panel is widened to f32 once for several tiles. If not, each tile converts FP16 for itself.
+    const WIDEN_BLOCKS: bool;
     /// Inputs (k) that [`Lanes::tile_steps`] takes at a time.
     const K_STEP: usize = 1;
 
@@ -101,18 +98,17 @@ pub(crate) trait Lanes: Copy {
 
     /// [`tile_step`](Lanes::tile_step) for `K_STEP` inputs, one after the other.
     /// # Safety
-    /// As `tile_step`, for `K_STEP` consecutive elements of each row of `x` and as many rows of `b`, `b_stride` apart.
+    /// As `tile_step`, for `K_STEP` consecutive elements of each row of `x` and as many rows of `b`, `E::STRIDE` apart.
     #[inline(always)]
     unsafe fn tile_steps<E: Element, const R: usize, const G: usize>(
         acc: &mut [[Self; G]; R],
         x: *const f32,
         x_stride: usize,
         b: *const E,
-        b_stride: usize,
     ) {
         for i in 0..Self::K_STEP {
             // SAFETY: the contract above; i < K_STEP.
-            unsafe { Self::tile_step(acc, x.add(i), x_stride, b.add(i * b_stride)) };
+            unsafe { Self::tile_step(acc, x.add(i), x_stride, b.add(i * E::STRIDE)) };
         }
     }
 
@@ -144,10 +140,8 @@ pub(crate) trait Element: Copy {
     /// # Safety
     /// As `Lanes::load`.
     unsafe fn lanes<L: Lanes>(p: *const Self) -> L;
-    /// Elements from one row of a right-hand side to the next, for tiles of `groups` vectors.
-    fn stride(groups: usize) -> usize;
-    /// Hints that the row of a panel at `p`, any address, will be read when a tile over elements of this type is there.
-    fn prefetch<L: Lanes>(p: *const f16);
+    /// Elements from one row of a right-hand side to the next.
+    const STRIDE: usize;
 }
 
 impl Element for f32 {
@@ -156,16 +150,8 @@ impl Element for f32 {
         // SAFETY: the same contract.
         unsafe { L::load(p) }
     }
-    /// Blocks are widened into the shape of the tile.
-    #[inline(always)]
-    fn stride(groups: usize) -> usize {
-        groups * LANES
-    }
-    /// The panel is widened after all tiles of this block.
-    #[inline(always)]
-    fn prefetch<L: Lanes>(p: *const f16) {
-        L::prefetch_l2(p.cast());
-    }
+    /// The halves of a panel are widened into blocks of their own.
+    const STRIDE: usize = LANES;
 }
 
 impl Element for f16 {
@@ -174,14 +160,7 @@ impl Element for f16 {
         // SAFETY: the same contract.
         unsafe { L::widen(p) }
     }
-    #[inline(always)]
-    fn stride(_groups: usize) -> usize {
-        PANEL
-    }
-    #[inline(always)]
-    fn prefetch<L: Lanes>(p: *const f16) {
-        L::prefetch(p.cast());
-    }
+    const STRIDE: usize = PANEL;
 }
 
 #[cfg(test)]

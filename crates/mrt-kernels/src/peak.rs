@@ -31,12 +31,12 @@ pub fn read_peak(isa: Isa, x: &[f32]) -> f32 {
     dispatch!(isa, greatest(x: &[f32]) -> f32)
 }
 
-/// As many chains as the GEMM tile has accumulators: they fill the registers, and there are more of them than an FMA
-/// unit's latency times the number of units (4 × 2 on x86-64 cores, counted in native registers).
+/// As many chains as the GEMM tile has accumulators: more than an FMA unit's latency times the number of units (4 × 2 on
+/// x86-64 cores, counted in native registers).
 #[inline(always)]
 unsafe fn chains<L: Lanes>(iterations: u64) -> u64 {
     // SAFETY: the instruction set is `dispatch!`'s promise.
-    unsafe { if L::TILE_GROUPS == 2 { rounds::<L, 24>(iterations) } else { rounds::<L, 6>(iterations) } }
+    unsafe { if L::TILE_ROWS == 12 { rounds::<L, 12>(iterations) } else { rounds::<L, 6>(iterations) } }
 }
 
 #[inline(always)]
@@ -94,7 +94,7 @@ mod tests {
     fn operations_are_counted_in_whole_rounds() {
         for isa in Isa::supported() {
             let round = fma_peak(isa, 1);
-            assert!(round == 6 * 16 * 2 || round == 24 * 16 * 2);
+            assert!(round == 6 * 16 * 2 || round == 12 * 16 * 2);
             assert_eq!(fma_peak(isa, 1000), 1000 * round);
             if let Some(lane) = FastLane::detect(isa) {
                 assert_eq!(fast_peak(lane, 1000), fast_peak(lane, 1).map(|round| 1000 * round));

@@ -16,8 +16,8 @@ impl Lanes16 {
 
 impl Lanes for Lanes16 {
     const TILE_ROWS: usize = 4;
-    const TILE_GROUPS: usize = 1;
     const DIRECT_ROWS: usize = 2;
+    const WIDEN_BLOCKS: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

@@ -14,13 +14,16 @@ use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
 use crate::window::Window;
 
-/// Rows of k that are widened to f32 at a time: 128 KiB, which stay in the L2 cache while all rows of the left-hand
-/// side pass over them. Shorter blocks would fit the L1 cache, but load and store the sums more often.
+/// Rows of a panel that all rows of the left-hand side pass over before the next ones: 64 KiB, as FP16 or half of them
+/// widened, which stay in the L2 cache. Shorter blocks would fit the L1 cache, but load and store the sums more often.
 pub(crate) const K_BLOCK: usize = 1024;
 
-/// Rows of k after which a small batch changes to the other half of the panel: 4 KiB of FP16, which stay in the L1 cache
-/// for the second half and for all tiles.
-const DIRECT_BLOCK: usize = 64;
+/// Rows of a panel that the L1 cache holds beside all else: 16 KiB.
+const NEAR_ROWS: usize = 256;
+
+/// Rows of the left-hand side up to which a panel that the L1 cache does not hold is read in one pass. With more, two
+/// passes are faster, though the registers would hold all sums: by a fifth from 4 to 6 rows with AVX-512.
+const ONE_PASS_ROWS: usize = 3;
 
 /// How far ahead a tile that reads FP16 panels, which come from memory, fetches them: 64 rows. One thread's GEMV reaches
 /// 29.5 GB/s so on Zen 4, 27 with a quarter of the distance and 28.5 with four times; Zen 3 was indifferent from 8 rows on.
@@ -267,18 +270,20 @@ pub(crate) struct Sums {
 struct Ahead {
     /// Any address.
     panel: *const f16,
+    /// Whether they go into the L1 cache; if not, into L2.
+    near: bool,
     part: usize,
     parts: usize,
 }
 
 impl Ahead {
-    fn all(panel: *const f16) -> Self {
-        Ahead { panel, part: 0, parts: 1 }
+    fn all(panel: *const f16, near: bool) -> Self {
+        Ahead { panel, near, part: 0, parts: 1 }
     }
 
     /// Part `i` of `n` of this part.
     fn part(self, i: usize, n: usize) -> Self {
-        Ahead { panel: self.panel, part: self.part * n + i, parts: self.parts * n }
+        Ahead { part: self.part * n + i, parts: self.parts * n, ..self }
     }
 
     fn halves(self) -> [Self; 2] {
@@ -290,7 +295,7 @@ impl Ahead {
 ///
 /// # Safety
 /// The machine has `L`'s instruction set; `x` has `rows` rows of `k` elements, `panel` has `k` rows, `sums` has `rows` rows
-/// of 32; `wide` holds the smaller of `k` and `K_BLOCK` rows of 32.
+/// of 32; `wide` holds the smaller of `k` and `K_BLOCK` rows of 16.
 #[inline(always)]
 pub(crate) unsafe fn add_products<L: Lanes>(
     rows: usize,
@@ -300,55 +305,44 @@ pub(crate) unsafe fn add_products<L: Lanes>(
     wide: &mut [f32],
     sums: Sums,
 ) {
-    let right = |sums: Sums| Sums { y: sums.y.wrapping_add(LANES), ..sums };
     // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
     // and so are columns start .. start + block of each row of `x`.
     unsafe {
-        if rows <= L::DIRECT_ROWS {
-            // One pass over the whole width, straight from the FP16 panel.
-            let ahead = Ahead::all(panel.wrapping_add(PREFETCH_ROWS * PANEL));
+        let near = k <= NEAR_ROWS;
+        if rows <= L::DIRECT_ROWS && (near || rows <= ONE_PASS_ROWS) {
+            let ahead = Ahead::all(panel.wrapping_add(PREFETCH_ROWS * PANEL), true);
             tile_rows::<L, f16, 2>(rows, x, k, panel, ahead, sums);
-        } else if rows <= L::HALF_ROWS {
-            for start in (0..k).step_by(DIRECT_BLOCK) {
-                let block = DIRECT_BLOCK.min(k - start);
-                let (x, panel) = (Left { x: x.x.add(start), ..x }, panel.add(start * PANEL));
-                let [ahead, ahead_right] = Ahead::all(panel.wrapping_add(DIRECT_BLOCK * PANEL)).halves();
-                tiles::<L, f16, 1>(rows, x, block, panel, ahead, sums);
-                tiles::<L, f16, 1>(rows, x, block, panel.add(LANES), ahead_right, right(sums));
-            }
-        } else {
-            for start in (0..k).step_by(K_BLOCK) {
-                let block = K_BLOCK.min(k - start);
-                widen_block::<L>(panel.add(start * PANEL), block, wide.as_mut_ptr());
-                // What is widened next, of this panel or the one after it, comes from memory meanwhile.
-                let ahead = Ahead::all(panel.wrapping_add((start + block) * PANEL));
-                let (x, wide) = (Left { x: x.x.add(start), ..x }, wide.as_ptr());
-                if L::TILE_GROUPS == 2 {
-                    tiles::<L, f32, 2>(rows, x, block, wide, ahead, sums);
+            return;
+        }
+        for start in (0..k).step_by(K_BLOCK) {
+            let block = K_BLOCK.min(k - start);
+            let (x, panel) = (Left { x: x.x.add(start), ..x }, panel.add(start * PANEL));
+            // What comes next, of this panel or the one after it, is fetched from memory meanwhile.
+            let ahead = Ahead::all(panel.wrapping_add(block * PANEL), near).halves();
+            for (half, ahead) in ahead.into_iter().enumerate() {
+                let (panel, sums) = (panel.add(half * LANES), Sums { y: sums.y.add(half * LANES), ..sums });
+                if L::WIDEN_BLOCKS && rows > L::TILE_ROWS {
+                    let wide = wide.as_mut_ptr();
+                    widen_half::<L>(panel, block, wide);
+                    tiles::<L, f32>(rows, x, block, wide, ahead, sums);
                 } else {
-                    let [ahead, ahead_right] = ahead.halves();
-                    tiles::<L, f32, 1>(rows, x, block, wide, ahead, sums);
-                    tiles::<L, f32, 1>(rows, x, block, wide.add(block * LANES), ahead_right, right(sums));
+                    tiles::<L, f16>(rows, x, block, panel, ahead, sums);
                 }
             }
         }
     }
 }
 
-/// Widens `block` rows of a panel into the shape that the tiles read: rows of the tile's width, so with tiles of
-/// 16 columns first the left half of all rows, then the right half.
+/// Widens half of the columns of `block` rows of a panel.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `panel` has `block` rows; `wide` has room for `block * PANEL` elements.
+/// The machine has `L`'s instruction set; `half` has `block` rows of 16 columns, `PANEL` apart; `wide` has room for
+/// `block * LANES` elements.
 #[inline(always)]
-unsafe fn widen_block<L: Lanes>(panel: *const f16, block: usize, wide: *mut f32) {
-    let (stride, half) = if L::TILE_GROUPS == 2 { (PANEL, LANES) } else { (LANES, block * LANES) };
+unsafe fn widen_half<L: Lanes>(half: *const f16, block: usize, wide: *mut f32) {
     for i in 0..block {
         // SAFETY: the contract above; i < block.
-        unsafe {
-            L::widen(panel.add(i * PANEL)).store(wide.add(i * stride));
-            L::widen(panel.add(i * PANEL + LANES)).store(wide.add(i * stride + half));
-        }
+        unsafe { L::widen(half.add(i * PANEL)).store(wide.add(i * LANES)) };
     }
 }
 
@@ -357,14 +351,7 @@ unsafe fn widen_block<L: Lanes>(panel: *const f16, block: usize, wide: *mut f32)
 /// # Safety
 /// As `tile`, for all rows.
 #[inline(always)]
-unsafe fn tiles<L: Lanes, E: Element, const G: usize>(
-    rows: usize,
-    x: Left,
-    k: usize,
-    b: *const E,
-    ahead: Ahead,
-    sums: Sums,
-) {
+unsafe fn tiles<L: Lanes, E: Element>(rows: usize, x: Left, k: usize, b: *const E, ahead: Ahead, sums: Sums) {
     let count = rows.div_ceil(L::TILE_ROWS);
     for t in 0..count {
         let (first, end) = (t * rows / count, (t + 1) * rows / count);
@@ -372,7 +359,7 @@ unsafe fn tiles<L: Lanes, E: Element, const G: usize>(
         unsafe {
             let x = Left { x: x.x.add(first * x.stride), ..x };
             let sums = Sums { y: sums.y.add(first * sums.stride), ..sums };
-            tile_rows::<L, E, G>(end - first, x, k, b, ahead.part(t, count), sums);
+            tile_rows::<L, E, 1>(end - first, x, k, b, ahead.part(t, count), sums);
         }
     }
 }
@@ -394,7 +381,7 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
         ($($r:literal)+) => {
             match rows {
                 // The guard lets the compiler drop the tiles that this instruction set never uses.
-                $($r if $r * G <= L::TILE_ROWS * L::TILE_GROUPS =>
+                $($r if $r <= if G == 2 { L::DIRECT_ROWS } else { L::TILE_ROWS } =>
                     // SAFETY: the same contract.
                     unsafe { tile::<L, E, $r, G>(x, k, b, ahead, sums) },)+
                 _ => unreachable!("a tile of {rows} rows"),
@@ -409,7 +396,7 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
 ///
 /// # Safety
 /// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `b` has `k` rows of `16 * G` elements,
-/// `E::stride(G)` apart; `sums` has `R` rows of `16 * G` elements.
+/// `E::STRIDE` apart; `sums` has `R` rows of `16 * G` elements.
 #[inline(always)]
 unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
     x: Left,
@@ -419,7 +406,6 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
     sums: Sums,
 ) {
     let Left { x, stride: x_stride } = x;
-    let b_stride = E::stride(G);
     // SAFETY: the contract above; r < R, g < G, i < k.
     unsafe {
         let mut acc = [[L::splat(0.0); G]; R];
@@ -433,16 +419,21 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
         for i in (0..whole).step_by(L::K_STEP) {
             if wait == 0 {
                 for _ in 0..L::K_STEP {
-                    E::prefetch::<L>(ahead.panel.wrapping_add(ahead_row * PANEL));
+                    let row = ahead.panel.wrapping_add(ahead_row * PANEL).cast();
+                    if ahead.near {
+                        L::prefetch(row)
+                    } else {
+                        L::prefetch_l2(row)
+                    }
                     ahead_row += 1;
                 }
                 wait = ahead.parts;
             }
             wait -= 1;
-            L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * b_stride), b_stride);
+            L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * E::STRIDE));
         }
         for i in whole..k {
-            L::tile_step(&mut acc, x.add(i), x_stride, b.add(i * b_stride));
+            L::tile_step(&mut acc, x.add(i), x_stride, b.add(i * E::STRIDE));
         }
         for (r, row) in acc.iter().enumerate() {
             for (g, sum) in row.iter().enumerate() {
