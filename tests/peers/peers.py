@@ -34,6 +34,8 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 MODELS = os.path.join(HERE, "..", "..", "models")
 THREADS = (1, 2)
+# Seconds between the processes.
+SETTLE = 5
 # The first tokens after 32 of the prompt, as every program finds them that computes what the model says.
 EXPECTED = [52534, 50331, 50331, 50331, 118775, 46398, 70227, 128898]
 
@@ -154,6 +156,8 @@ def read_anew(path):
 
 def start(command, **options):
     """Runs a measured program. Its one line of JSON, with the process's peak RSS in MB."""
+    # What the process before has freed, a virtual machine may give back to its host, which occupies a core meanwhile.
+    time.sleep(SETTLE)
     env = {**os.environ, "PEER_START": repr(time.monotonic())}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL)

@@ -43,7 +43,8 @@ pub fn run(args: RooflineArgs) -> Result<()> {
         threads = vec![1, mr_cli::all_cores()];
         threads.dedup();
     }
-    let (origin, rooflines) = (Origin::now(), measure(&threads)?);
+    let (origin, mut memory) = (Origin::now(), memory()?);
+    let rooflines: Vec<_> = threads.iter().map(|&n| measure(&mut memory, n)).collect::<Result<_>>()?;
     let mut out = io::stdout().lock();
     if args.json {
         writeln!(out, "{}", origin.with(json!({ "roofline": rooflines }))?)?;
@@ -122,33 +123,38 @@ impl Roofline {
     }
 }
 
-/// Measures the limits for each number of threads.
+/// The memory that [`measure`] reads. Who measures other things too keeps it until all is done: a virtual machine may give
+/// freed memory back to its host, which occupies a core for some seconds.
 ///
 /// # Errors
-/// When the memory or a thread cannot be had.
-pub fn measure(threads: &[usize]) -> Result<Vec<Roofline>> {
+/// When it cannot be had.
+pub fn memory() -> Result<Arena> {
     let mut arena = Arena::new(aligned_bytes::<f32>(READ_LEN))?;
-    let memory = arena.bump().alloc::<f32>(READ_LEN)?;
     // Pages come into being when they are first written.
-    memory.fill(1.0);
-    let mut rooflines = Vec::new();
-    for &threads in threads {
-        let mut pool = Pool::new(threads)?;
-        let read_gb_s = passes(size_of_val(memory) as f64, || read(&mut pool, memory));
-        let fma_gflop_s = instruction_sets().map(|isa| {
-            let operations = fma_peak(isa, 1) as f64 * FMA_ROUNDS as f64 * threads as f64;
-            let rate = passes(operations, || pool.run(threads, |_, _| _ = fma_peak(isa, FMA_ROUNDS)));
-            FmaPeak { isa: isa.name(), rate }
-        });
-        let fma_gflop_s = fma_gflop_s.collect();
-        let fast_gflop_s = FastLane::detect(Isa::detect()).and_then(|lane| {
-            let operations = fast_peak(lane, 1)? as f64 * FMA_ROUNDS as f64 * threads as f64;
-            let rate = passes(operations, || pool.run(threads, |_, _| _ = fast_peak(lane, FMA_ROUNDS)));
-            Some(FastPeak { numerics: lane.name(), rate })
-        });
-        rooflines.push(Roofline { threads, read_gb_s, fma_gflop_s, fast_gflop_s });
-    }
-    Ok(rooflines)
+    arena.bump().alloc::<f32>(READ_LEN)?.fill(1.0);
+    Ok(arena)
+}
+
+/// Measures the limits with so many threads, on the memory that [`memory`] has made.
+///
+/// # Errors
+/// When a thread cannot be had.
+pub fn measure(memory: &mut Arena, threads: usize) -> Result<Roofline> {
+    let memory = memory.bump().alloc::<f32>(READ_LEN)?;
+    let mut pool = Pool::new(threads)?;
+    let read_gb_s = passes(size_of_val(memory) as f64, || read(&mut pool, memory));
+    let fma_gflop_s = instruction_sets().map(|isa| {
+        let operations = fma_peak(isa, 1) as f64 * FMA_ROUNDS as f64 * threads as f64;
+        let rate = passes(operations, || pool.run(threads, |_, _| _ = fma_peak(isa, FMA_ROUNDS)));
+        FmaPeak { isa: isa.name(), rate }
+    });
+    let fma_gflop_s = fma_gflop_s.collect();
+    let fast_gflop_s = FastLane::detect(Isa::detect()).and_then(|lane| {
+        let operations = fast_peak(lane, 1)? as f64 * FMA_ROUNDS as f64 * threads as f64;
+        let rate = passes(operations, || pool.run(threads, |_, _| _ = fast_peak(lane, FMA_ROUNDS)));
+        Some(FastPeak { numerics: lane.name(), rate })
+    });
+    Ok(Roofline { threads, read_gb_s, fma_gflop_s, fast_gflop_s })
 }
 
 /// Writes the limits as a table.

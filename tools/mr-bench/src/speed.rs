@@ -148,10 +148,10 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     let tokens: Vec<u32> = (0..context as u32).map(|i| random_token(i, cfg.vocab_size)).collect();
     let mut logits = vec![0.0; cfg.vocab_size as usize];
 
-    let origin = Origin::now();
+    let (origin, mut memory) = (Origin::now(), roofline::memory()?);
     let (mut rooflines, mut tests, mut events) = (Vec::new(), Vec::new(), Vec::new());
     for &threads in &all_threads {
-        let roofline = roofline::measure(&[threads])?.remove(0);
+        let roofline = roofline::measure(&mut memory, threads)?;
         pool.set_threads(threads);
         for &depth in &args.depth {
             inference.kv.truncate(0);
