@@ -40,7 +40,7 @@ const fn row_stride(positions: usize) -> usize {
 /// Elements of scratch that [`attention`] needs for that many rows (tokens times heads of the group) and `positions`
 /// that the last token sees.
 pub const fn attention_scratch_len(rows: usize, positions: usize) -> usize {
-    rows.saturating_mul(row_stride(positions).saturating_add(PANEL + 1)).saturating_add(K_BLOCK * PANEL)
+    rows.saturating_mul(row_stride(positions).saturating_add(PANEL + 1)).saturating_add(K_BLOCK * LANES)
 }
 
 /// `out[token][head] = sum over positions of softmax(query . key) * value`, `out` having the tokens as rows and the heads
@@ -69,7 +69,7 @@ pub fn attention(isa: Isa, group: KvGroup<'_>, out: &mut Window<'_>, scratch: &m
 unsafe fn attend<L: Lanes>(group: KvGroup<'_>, out: &mut Window<'_>, scratch: &mut [f32]) {
     let KvGroup { queries, heads, head_dim, seen, keys, values } = group;
     let (rows, positions) = (out.rows() * heads, seen + out.rows() - 1);
-    let (wide, scratch) = scratch.split_at_mut(K_BLOCK * PANEL);
+    let (wide, scratch) = scratch.split_at_mut(K_BLOCK * LANES);
     let (sums, scratch) = scratch.split_at_mut(rows * PANEL);
     let stride = row_stride(positions);
     let (scores, scratch) = scratch.split_at_mut(rows * stride);

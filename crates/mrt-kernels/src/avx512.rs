@@ -1,7 +1,7 @@
 //! AVX-512: 16 lanes in one 512-bit register.
 //!
 //! Of 32 registers the 12 × 16 tile takes 12 for accumulators, 1 for the right-hand side and 1 for the broadcast: 12
-//! independent chains cover FMA's latency of 4 cycles at two a cycle.
+//! independent chains cover FMA's latency of 4 cycles at two a cycle. Few rows over short panels take twice as many, for both halves of a panel.
 
 use std::arch::x86_64::*;
 

@@ -136,31 +136,33 @@ pub(crate) trait Lanes: Copy {
 
 /// An element type of the right-hand side of a product: FP16 panels, or panels widened to f32.
 pub(crate) trait Element: Copy {
+    /// Elements from one row of a right-hand side to the next.
+    const STRIDE: usize;
     /// 16 elements as f32.
     /// # Safety
     /// As `Lanes::load`.
     unsafe fn lanes<L: Lanes>(p: *const Self) -> L;
-    /// Elements from one row of a right-hand side to the next.
-    const STRIDE: usize;
 }
 
 impl Element for f32 {
+    /// The halves of a panel are widened into blocks of their own.
+    const STRIDE: usize = LANES;
+
     #[inline(always)]
     unsafe fn lanes<L: Lanes>(p: *const f32) -> L {
         // SAFETY: the same contract.
         unsafe { L::load(p) }
     }
-    /// The halves of a panel are widened into blocks of their own.
-    const STRIDE: usize = LANES;
 }
 
 impl Element for f16 {
+    const STRIDE: usize = PANEL;
+
     #[inline(always)]
     unsafe fn lanes<L: Lanes>(p: *const f16) -> L {
         // SAFETY: the same contract.
         unsafe { L::widen(p) }
     }
-    const STRIDE: usize = PANEL;
 }
 
 #[cfg(test)]

@@ -14,8 +14,9 @@ use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
 use crate::window::Window;
 
-/// Rows of a panel that all rows of the left-hand side pass over before the next ones: 64 KiB, as FP16 or half of them
-/// widened, which stay in the L2 cache. Shorter blocks would fit the L1 cache, but load and store the sums more often.
+/// Rows of a panel that all rows of the left-hand side pass over before the next ones: 64 KiB of FP16, or of half the
+/// columns widened, which stay in the L2 cache. Shorter blocks would fit the L1 cache, but load and store the sums more
+/// often.
 pub(crate) const K_BLOCK: usize = 1024;
 
 /// Rows of a panel that the L1 cache holds beside all else: 16 KiB.

@@ -16,7 +16,7 @@ const PARTS_PER_THREAD: usize = 16;
 /// The most panels of a part: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
 
-/// The most rows of a part of an exact product: 128 rows of 896 activations stay in the L2 cache while all panels pass.
+/// The most rows of a part of an exact product: with 896 inputs they stay in the L2 cache while all panels pass.
 const MAX_PART_ROWS: usize = 128;
 
 /// Rows of attention scores (query heads of a KV group times tokens) that share one pass over keys and values.
@@ -62,9 +62,14 @@ pub(crate) fn linear(
     out: Window<'_>,
     pool: &mut Pool,
 ) {
-    let rows = match products.numerics {
-        Numerics::Fast(lane) if lane.takes(lhs.rows) => lhs.rows,
-        _ => lhs.rows.div_ceil(lhs.rows.div_ceil(MAX_PART_ROWS)),
+    let lane = match products.numerics {
+        Numerics::Fast(lane) if lane.takes(lhs.rows) => Some(lane),
+        _ => None,
+    };
+    let rows = match lane {
+        // It makes pairs of a panel's weights, once for all rows.
+        Some(_) => lhs.rows,
+        None => lhs.rows.div_ceil(lhs.rows.div_ceil(MAX_PART_ROWS)),
     };
     let count = panel_count(out.columns());
     let panels_of_part = (count / (pool.threads() * PARTS_PER_THREAD * rows)).clamp(1, MAX_PART_PANELS);
@@ -73,14 +78,14 @@ pub(crate) fn linear(
     let rhs = Rhs::weights(panels, lhs.k);
     let rhs = |i: usize| rhs.from_panel(i % across * panels_of_part * epilogue.panels_per_output());
     let split = (blocks, PerWorker::new(products.workers, products.worker_len));
-    match products.numerics {
-        Numerics::Fast(lane) if lane.takes(lhs.rows) => {
+    match lane {
+        Some(lane) => {
             let lhs = pack(lane, lhs, products.packed, products.scales, pool);
             pool.run_split(split, |_, i, (mut out, scratch)| {
                 mrt_kernels::fast_product(lane, lhs, rhs(i), epilogue, &mut out, scratch);
             });
         }
-        _ => pool.run_split(split, |_, i, (mut out, scratch)| {
+        None => pool.run_split(split, |_, i, (mut out, scratch)| {
             let lhs = Lhs { x: &lhs.x[i / across * rows * lhs.stride..], rows: out.rows(), ..lhs };
             mrt_kernels::panel_product(products.isa, lhs, rhs(i), epilogue, &mut out, scratch);
         }),
