@@ -57,7 +57,8 @@ fn cases() -> impl Iterator<Item = Case> {
     let lanes = isas.flat_map(|isa| {
         std::iter::once((isa, None)).chain(FastLane::detect(isa).map(|lane| (isa, Some(lane))))
     });
-    let cases = lanes.flat_map(|(isa, lane)| [1, 2, 4, 8, 32, 128, 512].map(|rows| Case { isa, lane, rows }));
+    let cases =
+        lanes.flat_map(|(isa, lane)| [1, 2, 4, 8, 32, 64, 128, 512].map(|rows| Case { isa, lane, rows }));
     cases.filter(|case| case.lane.is_none_or(|lane| lane.takes(case.rows)))
 }
 

@@ -29,6 +29,8 @@ impl Lanes for Lanes16 {
     const WIDEN_BLOCKS: bool = false;
     /// With one at a time, the addresses of the rows take as many instructions as the multiply-adds.
     const K_STEP: usize = 4;
+    /// On Zen 3 one thread's GEMV reaches 21.6 GB/s, as much as reading alone; 19 to 20 with 4, and with 64 or none 18 to 19.
+    const PREFETCH_ROWS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

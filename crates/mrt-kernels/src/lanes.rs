@@ -24,6 +24,9 @@ pub(crate) trait Lanes: Copy {
     const WIDEN_BLOCKS: bool;
     /// Inputs (k) that [`Lanes::tile_steps`] takes at a time.
     const K_STEP: usize = 1;
+    /// How many rows ahead a product of one pass, whose panels come from memory, fetches them. With AVX-512 on Zen 4 one
+    /// thread's GEMV reaches 29.5 GB/s with 64, 27 with a quarter of that and 28.5 with four times.
+    const PREFETCH_ROWS: usize = 64;
 
     /// All lanes `x`.
     /// # Safety

@@ -26,10 +26,6 @@ const NEAR_ROWS: usize = 256;
 /// passes are faster, though the registers would hold all sums: by a fifth from 4 to 6 rows with AVX-512.
 const ONE_PASS_ROWS: usize = 3;
 
-/// How far ahead a tile that reads FP16 panels, which come from memory, fetches them: 64 rows. One thread's GEMV reaches
-/// 29.5 GB/s so on Zen 4, 27 with a quarter of the distance and 28.5 with four times; Zen 3 was indifferent from 8 rows on.
-const PREFETCH_ROWS: usize = 64;
-
 /// The left-hand side of a product: `rows` rows of `k` activations, `stride` elements apart.
 #[derive(Clone, Copy)]
 pub struct Lhs<'a> {
@@ -311,7 +307,7 @@ pub(crate) unsafe fn add_products<L: Lanes>(
     unsafe {
         let near = k <= NEAR_ROWS;
         if rows <= L::DIRECT_ROWS && (near || rows <= ONE_PASS_ROWS) {
-            let ahead = Ahead::all(panel.wrapping_add(PREFETCH_ROWS * PANEL), true);
+            let ahead = Ahead::all(panel.wrapping_add(L::PREFETCH_ROWS * PANEL), true);
             tile_rows::<L, f16, 2>(rows, x, k, panel, ahead, sums);
             return;
         }

@@ -16,8 +16,9 @@ const PARTS_PER_THREAD: usize = 16;
 /// The most panels of a part: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
 
-/// The most rows of a part of an exact product: with 896 inputs they stay in the L2 cache while all panels pass.
-const MAX_PART_ROWS: usize = 128;
+/// The most rows of a part of an exact product: 1024 inputs of them are 256 KiB, half of a small L2 cache, and stay there
+/// while all panels pass.
+const MAX_PART_ROWS: usize = 64;
 
 /// Rows of attention scores (query heads of a KV group times tokens) that share one pass over keys and values.
 const ATTENTION_ROWS: usize = 48;
