@@ -10,6 +10,7 @@ use half::f16;
 
 use crate::lanes::{Element, F16_MAX, Lanes};
 use crate::panel::LANES;
+use crate::product::Left;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Lanes16(__m256, __m256);
@@ -123,71 +124,82 @@ impl Lanes for Lanes16 {
     ) {
         // SAFETY: the caller promises the instruction set, 4 elements of each row of `x`, and 4 rows of `b`.
         unsafe {
-            if R < Self::TILE_ROWS {
+            if R != Self::TILE_ROWS {
                 // There are registers to spare, and the compiler's order is the faster one.
                 for i in 0..Self::K_STEP {
                     Self::tile_step(acc, x.add(i), x_stride, b.add(i * E::STRIDE));
                 }
                 return;
             }
-            let x: [_; R] = std::array::from_fn(|r| x.wrapping_add(r * x_stride));
-            fma_input::<E, R, G, 0>(acc, &x, b);
-            fma_input::<E, R, G, 1>(acc, &x, b.add(E::STRIDE));
-            fma_input::<E, R, G, 2>(acc, &x, b.add(2 * E::STRIDE));
-            fma_input::<E, R, G, 3>(acc, &x, b.add(3 * E::STRIDE));
+            let x = Left { x, stride: x_stride };
+            fma_input::<E, R, G, 0>(acc, x, b);
+            fma_input::<E, R, G, 1>(acc, x, b.add(E::STRIDE));
+            fma_input::<E, R, G, 2>(acc, x, b.add(2 * E::STRIDE));
+            fma_input::<E, R, G, 3>(acc, x, b.add(3 * E::STRIDE));
         }
     }
 }
 
-/// Adds the products of input `I` of each row of `x` with a row of `b`.
+/// Adds the products of input `I` of each row of `x` with a row of `b`. `R` is a multiple of 3.
 ///
 /// # Safety
-/// The machine has AVX2, FMA and F16C; `x` has more than `I` elements in each row, `b` has `16 * G`.
+/// The machine has AVX2, FMA and F16C; `x` has `R` rows of more than `I` elements, `b` has `16 * G`.
 #[inline(always)]
 unsafe fn fma_input<E: Element, const R: usize, const G: usize, const I: usize>(
     acc: &mut [[Lanes16; G]; R],
-    x: &[*const f32; R],
+    x: Left,
     b: *const E,
 ) {
-    // SAFETY: the contract above; g < G.
+    debug_assert!(R.is_multiple_of(3));
+    // SAFETY: the contract above; g < G, and rows 3i to 3i + 2 are rows of `x`.
     unsafe {
         // No closure, which would be compiled without the instruction set.
         let mut w = [Lanes16::splat(0.0); G];
         for (g, w) in w.iter_mut().enumerate() {
             *w = E::lanes(b.add(g * LANES));
         }
-        for (&x, row) in x.iter().zip(acc) {
-            for (sum, &w) in row.iter_mut().zip(&w) {
-                *sum = fma_broadcast::<I>(x, w, *sum);
+        for (i, rows) in acc.as_chunks_mut::<3>().0.iter_mut().enumerate() {
+            let x = Left { x: x.x.add(3 * i * x.stride), ..x };
+            for (g, &w) in w.iter().enumerate() {
+                fma_three_rows::<I>(x, w, rows.each_mut().map(|row| &mut row[g]));
             }
         }
     }
 }
 
-/// `x[I] * w + sum`, rounded once. Assembly, which the compiler keeps in order: it would load what comes next early, and
-/// have no register left for all sums of the 6 × 16 tile.
+/// `sums[r] = x[r][I] * w + sums[r]`, rounded once. Assembly, which the compiler keeps in order: it would load what comes
+/// next early, and have no register left for all sums of the 6 × 16 tile. It would also compute an address for each row.
 ///
 /// # Safety
-/// The machine has AVX2 and FMA; `x` has more than `I` elements.
+/// The machine has AVX2 and FMA; `x` has three rows of more than `I` elements.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn fma_broadcast<const I: usize>(x: *const f32, w: Lanes16, sum: Lanes16) -> Lanes16 {
-    let Lanes16(mut low, mut high) = sum;
-    // SAFETY: the contract above; the assembly writes its operands only.
+unsafe fn fma_three_rows<const I: usize>(x: Left, w: Lanes16, [sum0, sum1, sum2]: [&mut Lanes16; 3]) {
+    // SAFETY: the contract above; the assembly reads one element of each row and writes its operands only.
     unsafe {
         asm!(
             "vbroadcastss {x_i}, dword ptr [{x} + {offset}]",
-            "vfmadd231ps {low}, {x_i}, {w_low}",
-            "vfmadd231ps {high}, {x_i}, {w_high}",
+            "vfmadd231ps {low0}, {x_i}, {w_low}",
+            "vfmadd231ps {high0}, {x_i}, {w_high}",
+            "vbroadcastss {x_i}, dword ptr [{x} + 4 * {stride} + {offset}]",
+            "vfmadd231ps {low1}, {x_i}, {w_low}",
+            "vfmadd231ps {high1}, {x_i}, {w_high}",
+            "vbroadcastss {x_i}, dword ptr [{x} + 8 * {stride} + {offset}]",
+            "vfmadd231ps {low2}, {x_i}, {w_low}",
+            "vfmadd231ps {high2}, {x_i}, {w_high}",
             x_i = out(ymm_reg) _,
-            x = in(reg) x,
+            x = in(reg) x.x,
+            stride = in(reg) x.stride,
             offset = const I * size_of::<f32>(),
-            low = inout(ymm_reg) low,
-            high = inout(ymm_reg) high,
+            low0 = inout(ymm_reg) sum0.0,
+            high0 = inout(ymm_reg) sum0.1,
+            low1 = inout(ymm_reg) sum1.0,
+            high1 = inout(ymm_reg) sum1.1,
+            low2 = inout(ymm_reg) sum2.0,
+            high2 = inout(ymm_reg) sum2.1,
             w_low = in(ymm_reg) w.0,
             w_high = in(ymm_reg) w.1,
-            options(nostack, preserves_flags)
+            options(nostack, preserves_flags, readonly)
         );
     }
-    Lanes16(low, high)
 }
