@@ -15,6 +15,8 @@ use crate::product::Left;
 #[derive(Clone, Copy)]
 pub(crate) struct Lanes16(__m256, __m256);
 
+const _: () = assert!(Lanes16::TILE_ROWS.is_multiple_of(3), "`fma_input` takes three rows at a time");
+
 /// `$op` on both halves of the operands.
 macro_rules! both {
     ($op:ident, $($operand:expr),+) => {
@@ -28,10 +30,10 @@ impl Lanes for Lanes16 {
     const DIRECT_ROWS: usize = 2;
     /// F16C costs a tile of 6 rows nothing on Zen 4: 48 rows reach 108 GFLOP/s of 117, and 103 with widened blocks.
     const WIDEN_BLOCKS: bool = false;
-    /// With one at a time, addresses and counters take as many instructions as the multiply-adds; with 8 a twelfth of all,
-    /// which counts where another hyperthread takes every other slot: 64 rows are 4 to 6 % faster there than with 4.
+    /// Addresses and counters take some 13 instructions a step, beside 20 for each input. On a busy Zen 3, 64 rows were 4 to
+    /// 7 % faster than with 4 (medians), on a quiet one as fast.
     const K_STEP: usize = 8;
-    /// On Zen 3 one thread's GEMV reaches 21.6 GB/s, as much as reading alone; 19 to 20 with 4, and with 64 or none 18 to 19.
+    /// On Zen 3 one thread's GEMV reaches 21.6 GB/s so, as much as reading alone, 20 with 4, and 18 to 19.5 with 64 or none.
     const PREFETCH_ROWS: usize = 16;
 
     #[inline(always)]
@@ -151,8 +153,7 @@ unsafe fn fma_input<E: Element, const R: usize, const G: usize, const I: usize>(
     x: Left,
     b: *const E,
 ) {
-    debug_assert!(R.is_multiple_of(3));
-    // SAFETY: the contract above; g < G, and rows 3i to 3i + 2 are rows of `x`.
+    // SAFETY: the contract above; g < G, and the rows of each group are rows of `x`.
     unsafe {
         // No closure, which would be compiled without the instruction set.
         let mut w = [Lanes16::splat(0.0); G];
