@@ -17,6 +17,7 @@ mod panel;
 mod peak;
 mod product;
 mod rows;
+mod streams;
 mod window;
 
 #[cfg(target_arch = "x86_64")]

@@ -12,6 +12,7 @@ use crate::isa::{Isa, dispatch};
 use crate::lanes::{Element, Lanes};
 use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
+use crate::streams::streamed_product;
 use crate::window::Window;
 
 /// Rows of a panel that all rows of the left-hand side pass over before the next ones: 64 KiB of FP16, or of half the
@@ -149,7 +150,13 @@ unsafe fn exact<L: Lanes>(
     scratch: &mut [f32],
 ) {
     // SAFETY: the same contract.
-    unsafe { product::<L>(&Exact(lhs, PhantomData::<L>), rhs, epilogue, y, scratch) }
+    unsafe {
+        if L::STREAMS && lhs.rows <= L::DIRECT_ROWS {
+            streamed_product::<L>(lhs, rhs, epilogue, y, scratch);
+        } else {
+            product::<L>(&Exact(lhs, PhantomData::<L>), rhs, epilogue, y, scratch);
+        }
+    }
 }
 
 /// Goes through the panels, one or two for 32 columns of `y`.
@@ -185,8 +192,11 @@ pub(crate) unsafe fn product<L: Lanes>(
 }
 
 /// Applies the epilogue to one row of 32 sums and writes as many as `y` holds. Works in `sums`.
+///
+/// # Safety
+/// The machine has `L`'s instruction set; `sums` and, for SwiGLU, `up` hold 32 elements.
 #[inline(always)]
-unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: &mut [f32]) {
+pub(crate) unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: &mut [f32]) {
     match epilogue {
         Epilogue::Store => y.copy_from_slice(&sums[..y.len()]),
         Epilogue::Add => {
@@ -491,7 +501,7 @@ mod tests {
     fn every_instruction_set_equals_the_naive_chain() {
         for isa in Isa::supported() {
             for rows in [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 25] {
-                for (k, n) in [(1, 1), (5, 33), (64, 64), (257, 40), (600, 100)] {
+                for (k, n) in [(1, 1), (5, 33), (64, 64), (257, 40), (600, 100), (39, 224), (70, 300)] {
                     let (x, panels, want) = case(rows, k, n);
                     let got = run(isa, &x, &panels, rows, k, n, Epilogue::Store);
                     assert!(got == want, "{} rows {rows} k {k} n {n}", isa.name());
@@ -505,18 +515,21 @@ mod tests {
 
     #[test]
     fn swiglu_pairs_panels() {
-        let (rows, k, n) = (9, 70, 45);
-        let (x, panels, sums) = case(rows, k, 128); // gate 0..32, up 32..64, gate 64..96, up 96..128
-        for isa in Isa::supported() {
-            let got = run(isa, &x, &panels, rows, k, n, Epilogue::SwiGlu);
-            assert!(got == run(Isa::PORTABLE, &x, &panels, rows, k, n, Epilogue::SwiGlu), "{}", isa.name());
-            for r in 0..rows {
-                for j in 0..n {
-                    let column = j / 32 * 64 + j % 32;
-                    let (gate, up) =
-                        (f64::from(sums[r * 128 + column]), f64::from(sums[r * 128 + column + 32]));
-                    let want = gate / (1.0 + (-gate).exp()) * up;
-                    assert!((f64::from(got[r * n + j]) - want).abs() <= 1e-5 * want.abs().max(1.0));
+        for (rows, k, n) in [(9, 70, 45), (1, 70, 45), (2, 37, 200), (1, 64, 300)] {
+            // gate 0..32, up 32..64, gate 64..96, up 96..128, ...
+            let width = 2 * PANEL * panel_count(n);
+            let (x, panels, sums) = case(rows, k, width);
+            for isa in Isa::supported() {
+                let got = run(isa, &x, &panels, rows, k, n, Epilogue::SwiGlu);
+                let portable = run(Isa::PORTABLE, &x, &panels, rows, k, n, Epilogue::SwiGlu);
+                assert!(got == portable, "{} rows {rows} k {k} n {n}", isa.name());
+                for r in 0..rows {
+                    for j in 0..n {
+                        let column = r * width + j / 32 * 64 + j % 32;
+                        let (gate, up) = (f64::from(sums[column]), f64::from(sums[column + 32]));
+                        let want = gate / (1.0 + (-gate).exp()) * up;
+                        assert!((f64::from(got[r * n + j]) - want).abs() <= 1e-5 * want.abs().max(1.0));
+                    }
                 }
             }
         }

@@ -16,6 +16,10 @@ const PARTS_PER_THREAD: usize = 16;
 /// The most panels of a part: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
 
+/// Panels that a part of one row or two has at least, where each thread has as many: kernels may read four runs of panels at
+/// a time, and a run is to be longer than one.
+const STREAMED_PANELS: usize = 6;
+
 /// The most rows of a part of an exact product: 1024 inputs of them are 256 KiB, half of a small L2 cache, and stay there
 /// while all panels pass.
 const MAX_PART_ROWS: usize = 64;
@@ -72,8 +76,10 @@ pub(crate) fn linear(
         Some(_) => lhs.rows,
         None => lhs.rows.div_ceil(lhs.rows.div_ceil(MAX_PART_ROWS)),
     };
-    let count = panel_count(out.columns());
-    let panels_of_part = (count / (pool.threads() * PARTS_PER_THREAD * rows)).clamp(1, MAX_PART_PANELS);
+    let share = panel_count(out.columns()).div_ceil(pool.threads());
+    let least = if lhs.rows <= 2 { STREAMED_PANELS } else { 1 };
+    let parts = (share / least).clamp(1, PARTS_PER_THREAD * rows);
+    let panels_of_part = share.div_ceil(parts).min(MAX_PART_PANELS);
     let blocks = Blocks::new(out, rows, panels_of_part * PANEL);
     let across = blocks.across();
     let rhs = Rhs::weights(panels, lhs.k);
