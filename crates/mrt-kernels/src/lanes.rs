@@ -18,7 +18,7 @@ pub(crate) const F16_MAX: f32 = 65504.0;
 pub(crate) trait Lanes: Copy {
     /// Rows of the GEMM register tile, which is 16 columns wide.
     const TILE_ROWS: usize;
-    /// Rows up to which the registers hold all 32 columns of a panel beside its widened FP16 row.
+    /// Rows up to which the registers hold the sums of all 32 columns of a panel.
     const DIRECT_ROWS: usize;
     /// Whether a block of a panel is widened to f32 once for several tiles. If not, each tile converts FP16 for itself.
     const WIDEN_BLOCKS: bool;
@@ -27,7 +27,7 @@ pub(crate) trait Lanes: Copy {
     /// How many rows ahead a product of one pass, whose panels come from memory, fetches them. With AVX-512 on Zen 4 one
     /// thread's GEMV reaches 29.5 GB/s with 64, 27 with a quarter of that and 28.5 with four times.
     const PREFETCH_ROWS: usize = 64;
-    /// Whether products of up to `DIRECT_ROWS` rows read several panels at a time (`streams`). Measured with AVX2 on Zen 3 only.
+    /// Whether products of a few rows read several panels at a time (`streams`). Measured with AVX2 on Zen 3 only.
     const STREAMS: bool = false;
 
     /// All lanes `x`.
@@ -86,19 +86,8 @@ pub(crate) trait Lanes: Copy {
         x_stride: usize,
         b: *const E,
     ) {
-        // SAFETY: the contract above; r < R, g < G.
-        unsafe {
-            let mut w = [Self::splat(0.0); G];
-            for (g, w) in w.iter_mut().enumerate() {
-                *w = E::lanes(b.add(g * LANES));
-            }
-            for (r, row) in acc.iter_mut().enumerate() {
-                let x = Self::splat(*x.add(r * x_stride));
-                for (sum, w) in row.iter_mut().zip(w) {
-                    *sum = x.fma(w, *sum);
-                }
-            }
-        }
+        // SAFETY: the same contract.
+        unsafe { fma_rows(acc, x, x_stride, b) }
     }
 
     /// [`tile_step`](Lanes::tile_step) for `K_STEP` inputs, one after the other.
@@ -136,6 +125,31 @@ pub(crate) trait Lanes: Copy {
             }
         }
         a[0]
+    }
+}
+
+/// [`Lanes::tile_step`] in the order that the compiler chooses.
+/// # Safety
+/// As there.
+#[inline(always)]
+pub(crate) unsafe fn fma_rows<L: Lanes, E: Element, const R: usize, const G: usize>(
+    acc: &mut [[L; G]; R],
+    x: *const f32,
+    x_stride: usize,
+    b: *const E,
+) {
+    // SAFETY: the contract above; r < R, g < G.
+    unsafe {
+        let mut w = [L::splat(0.0); G];
+        for (g, w) in w.iter_mut().enumerate() {
+            *w = E::lanes(b.add(g * LANES));
+        }
+        for (r, row) in acc.iter_mut().enumerate() {
+            let x = L::splat(*x.add(r * x_stride));
+            for (sum, w) in row.iter_mut().zip(w) {
+                *sum = x.fma(w, *sum);
+            }
+        }
     }
 }
 

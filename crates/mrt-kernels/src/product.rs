@@ -12,7 +12,7 @@ use crate::isa::{Isa, dispatch};
 use crate::lanes::{Element, Lanes};
 use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
-use crate::streams::streamed_product;
+use crate::streams::{STREAMED_ROWS, streamed_product};
 use crate::window::Window;
 
 /// Rows of a panel that all rows of the left-hand side pass over before the next ones: 64 KiB of FP16, or of half the
@@ -151,7 +151,7 @@ unsafe fn exact<L: Lanes>(
 ) {
     // SAFETY: the same contract.
     unsafe {
-        if L::STREAMS && lhs.rows <= L::DIRECT_ROWS {
+        if L::STREAMS && lhs.rows <= STREAMED_ROWS {
             streamed_product::<L>(lhs, rhs, epilogue, y, scratch);
         } else {
             product::<L>(&Exact(lhs, PhantomData::<L>), rhs, epilogue, y, scratch);

@@ -16,9 +16,12 @@ const PARTS_PER_THREAD: usize = 16;
 /// The most panels of a part: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
 
-/// Panels that a part of one row or two has at least, where each thread has as many: kernels may read four runs of panels at
-/// a time, and a run is to be longer than one.
+/// Panels that a part of a few rows has at least, where each thread has as many: kernels may read four runs of panels at a
+/// time.
 const STREAMED_PANELS: usize = 6;
+
+/// A few rows, which wait for memory.
+const STREAMED_ROWS: usize = 4;
 
 /// The most rows of a part of an exact product: 1024 inputs of them are 256 KiB, half of a small L2 cache, and stay there
 /// while all panels pass.
@@ -77,7 +80,7 @@ pub(crate) fn linear(
         None => lhs.rows.div_ceil(lhs.rows.div_ceil(MAX_PART_ROWS)),
     };
     let share = panel_count(out.columns()).div_ceil(pool.threads());
-    let least = if lhs.rows <= 2 { STREAMED_PANELS } else { 1 };
+    let least = if lhs.rows <= STREAMED_ROWS { STREAMED_PANELS } else { 1 };
     let parts = (share / least).clamp(1, PARTS_PER_THREAD * rows);
     let panels_of_part = share.div_ceil(parts).min(MAX_PART_PANELS);
     let blocks = Blocks::new(out, rows, panels_of_part * PANEL);
