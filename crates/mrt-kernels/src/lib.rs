@@ -40,7 +40,7 @@ pub use fast::{FAST_ROWS, FastLane, FastLhs, Numerics, fast_len, fast_product, f
 pub use half::f16;
 pub use isa::Isa;
 pub use panel::{LANES, PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
-pub use peak::{fast_peak, fma_peak, read_peak};
+pub use peak::{fast_peak, fma_peak, read_peak, read_peak_in_turn};
 pub use product::{Epilogue, Lhs, Rhs, panel_product, product_scratch_len};
 pub use rows::{add, rms_norm, rope, scale, softmax};
 pub use window::Window;
