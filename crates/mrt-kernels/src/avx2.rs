@@ -33,7 +33,7 @@ impl Lanes for Lanes16 {
     /// Addresses and counters take some 13 instructions a step, beside 20 for each input. On a busy Zen 3, 64 rows were 4 to
     /// 7 % faster than with 4 (medians), on a quiet one as fast.
     const K_STEP: usize = 8;
-    /// On Zen 3 one thread's GEMV reaches 21.6 GB/s so, as much as reading alone, 20 with 4, and 18 to 19.5 with 64 or none.
+    /// On Zen 3 one thread that reads one panel at a time reaches 21.6 GB/s so, 20 with 4, and 18 to 19.5 with 64 or none.
     const PREFETCH_ROWS: usize = 16;
     const STREAMS: bool = true;
 

@@ -43,4 +43,5 @@ pub use panel::{LANES, PANEL, gather_column, panel_count, panel_len, store_k_lan
 pub use peak::{fast_peak, fma_peak, read_peak, read_peak_in_turn};
 pub use product::{Epilogue, Lhs, Rhs, panel_product, product_scratch_len};
 pub use rows::{add, rms_norm, rope, scale, softmax};
+pub use streams::STREAMED_ROWS;
 pub use window::Window;

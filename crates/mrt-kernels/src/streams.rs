@@ -19,8 +19,8 @@ const STREAMS: usize = 4;
 /// bandwidth on Zen 3, with 48 one row has 3 to 6 % less.
 const BLOCK: usize = 24;
 
-/// The most rows that are multiplied so.
-pub(crate) const STREAMED_ROWS: usize = 4;
+/// Rows up to which a product may read four panels at a time: who cuts it into parts gives each as many or more.
+pub const STREAMED_ROWS: usize = 4;
 
 /// [`panel_product`](crate::panel_product) for at most [`STREAMED_ROWS`] rows.
 ///

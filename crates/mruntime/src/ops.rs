@@ -2,8 +2,8 @@
 
 use mrt_kernels::f16;
 use mrt_kernels::{
-    Epilogue, FAST_ROWS, FastLane, FastLhs, Isa, KvGroup, Lhs, Numerics, PANEL, Rhs, Window, fast_len,
-    panel_count, panel_len,
+    Epilogue, FAST_ROWS, FastLane, FastLhs, Isa, KvGroup, Lhs, Numerics, PANEL, Rhs, STREAMED_ROWS, Window,
+    fast_len, panel_count, panel_len,
 };
 
 use crate::kv_cache::{KvShape, v_row};
@@ -16,12 +16,8 @@ const PARTS_PER_THREAD: usize = 16;
 /// The most panels of a part: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
 
-/// Panels that a part of a few rows has at least, where each thread has as many: kernels may read four runs of panels at a
-/// time.
+/// Panels that a part of up to `STREAMED_ROWS` rows has at least, where each thread has as many: four runs of some length.
 const STREAMED_PANELS: usize = 6;
-
-/// A few rows, which wait for memory.
-const STREAMED_ROWS: usize = 4;
 
 /// The most rows of a part of an exact product: 1024 inputs of them are 256 KiB, half of a small L2 cache, and stay there
 /// while all panels pass.
