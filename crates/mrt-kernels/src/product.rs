@@ -271,6 +271,40 @@ pub(crate) struct Sums {
     pub stride: usize,
 }
 
+impl Sums {
+    /// The first `16 * G` sums of `R` rows.
+    ///
+    /// # Safety
+    /// The machine has `L`'s instruction set; the rows are there.
+    #[inline(always)]
+    pub unsafe fn load<L: Lanes, const R: usize, const G: usize>(self) -> [[L; G]; R] {
+        // SAFETY: the contract above; r < R, g < G.
+        unsafe {
+            let mut acc = [[L::splat(0.0); G]; R];
+            for (r, row) in acc.iter_mut().enumerate() {
+                for (g, sum) in row.iter_mut().enumerate() {
+                    *sum = L::load(self.y.add(r * self.stride + g * LANES));
+                }
+            }
+            acc
+        }
+    }
+
+    /// Writes what `load` reads.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    pub unsafe fn store<L: Lanes, const R: usize, const G: usize>(self, acc: &[[L; G]; R]) {
+        for (r, row) in acc.iter().enumerate() {
+            for (g, sum) in row.iter().enumerate() {
+                // SAFETY: the contract above; r < R, g < G.
+                unsafe { sum.store(self.y.add(r * self.stride + g * LANES)) };
+            }
+        }
+    }
+}
+
 /// Rows of a panel that will be read next, to be prefetched. Of the tiles over one block each fetches a part, so that all of
 /// it comes at an even rate.
 #[derive(Clone, Copy)]
@@ -413,14 +447,9 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
     sums: Sums,
 ) {
     let Left { x, stride: x_stride } = x;
-    // SAFETY: the contract above; r < R, g < G, i < k.
+    // SAFETY: the contract above; i < k.
     unsafe {
-        let mut acc = [[L::splat(0.0); G]; R];
-        for (r, row) in acc.iter_mut().enumerate() {
-            for (g, sum) in row.iter_mut().enumerate() {
-                *sum = L::load(sums.y.add(r * sums.stride + g * LANES));
-            }
-        }
+        let mut acc = sums.load::<L, R, G>();
         let whole = k / L::K_STEP * L::K_STEP;
         let (mut ahead_row, mut wait) = (k * ahead.part / ahead.parts, 0);
         for i in (0..whole).step_by(L::K_STEP) {
@@ -442,11 +471,7 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
         for i in whole..k {
             L::tile_step(&mut acc, x.add(i), x_stride, b.add(i * E::STRIDE));
         }
-        for (r, row) in acc.iter().enumerate() {
-            for (g, sum) in row.iter().enumerate() {
-                sum.store(sums.y.add(r * sums.stride + g * LANES));
-            }
-        }
+        sums.store(&acc);
     }
 }
 

@@ -8,18 +8,18 @@ use half::f16;
 
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL, panel_count};
-use crate::product::{Epilogue, Left, Lhs, Rhs, finish, start_from_bias};
+use crate::product::{Epilogue, Left, Lhs, Rhs, Sums, finish, start_from_bias};
 use crate::window::Window;
 
 /// Runs of panels. With two, GEMV has a tenth less of the bandwidth on Zen 3, with three some percent.
 const STREAMS: usize = 4;
 
 /// Inputs of a panel that are multiplied before those of the next run, and how many inputs ahead they are fetched: twice a
-/// block of each run is in the L1 cache. A multiple of 2, 3 and 4. With 16 two to four rows have 1 to 11 % less of the
-/// bandwidth on Zen 3, with 48 one row has 3 to 6 % less.
+/// block of each run is in the L1 cache. A multiple of 2, 3 and 4. With 16 two and three rows have 2 to 8 % less of the
+/// bandwidth on Zen 3, with 48 one row has 4 to 6 % less.
 const BLOCK: usize = 24;
 
-/// Rows up to which a product may read four panels at a time: who cuts it into parts gives each as many or more.
+/// Rows up to which a product may read four panels at a time. Parts of fewer panels are slower then.
 pub const STREAMED_ROWS: usize = 4;
 
 /// [`panel_product`](crate::panel_product) for at most [`STREAMED_ROWS`] rows.
@@ -87,14 +87,16 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
             for s in 0..S {
                 // Each block fetches its share of the next one of every run.
                 let next = panel.wrapping_add((BLOCK + s * (BLOCK / S)) * PANEL);
-                let (panel, sums) = (panel.add(s * apart), sums.as_mut_ptr().add(s * tile_len));
+                let panel = panel.add(s * apart);
+                let sums = Sums { y: sums.as_mut_ptr().add(s * tile_len), stride: PANEL };
                 match lhs.rows {
                     1 => add_block::<L, 1, 2, S>(x, block, panel, next, apart, sums),
                     2 => add_block::<L, 2, 2, S>(x, block, panel, next, apart, sums),
                     3 => add_block::<L, 3, 2, S>(x, block, panel, next, apart, sums),
                     _ => {
+                        // The registers hold half of the sums: first the low columns, then, of lines in L1, the high ones.
                         add_block::<L, 4, 1, S>(x, block, panel, next, apart, sums);
-                        let (panel, sums) = (panel.add(LANES), sums.add(LANES));
+                        let (panel, sums) = (panel.add(LANES), Sums { y: sums.y.add(LANES), ..sums });
                         add_block::<L, 4, 1, 0>(x, block, panel, next, apart, sums);
                     }
                 }
@@ -103,11 +105,12 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
     }
 }
 
-/// Adds the products of `k` inputs to `R` rows of `16 * G` sums, and fetches lines at `next`, of `S` runs in turn.
+/// Adds the products of `k` inputs to `R` rows of `16 * G` sums, and fetches lines at `next`, of `S` runs in turn,
+/// as many as it multiplies; none if `S` is 0.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `panel` has `k` rows of `16 * G` elements, and
-/// `sums` `R`, `PANEL` apart.
+/// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `panel` has `k` rows of `16 * G` elements,
+/// `PANEL` apart, and `sums` has `R`.
 #[inline(always)]
 unsafe fn add_block<L: Lanes, const R: usize, const G: usize, const S: usize>(
     x: Left,
@@ -115,16 +118,11 @@ unsafe fn add_block<L: Lanes, const R: usize, const G: usize, const S: usize>(
     panel: *const f16,
     next: *const f16,
     apart: usize,
-    sums: *mut f32,
+    sums: Sums,
 ) {
-    // SAFETY: the contract above; r < R, g < G, i + j < k.
+    // SAFETY: the contract above; i and i + j are below k.
     unsafe {
-        let mut acc = [[L::splat(0.0); G]; R];
-        for (r, row) in acc.iter_mut().enumerate() {
-            for (g, sum) in row.iter_mut().enumerate() {
-                *sum = L::load(sums.add(r * PANEL + g * LANES));
-            }
-        }
+        let mut acc = sums.load::<L, R, G>();
         let step = S.max(1);
         let whole = k / step * step;
         for i in (0..whole).step_by(step) {
@@ -138,10 +136,6 @@ unsafe fn add_block<L: Lanes, const R: usize, const G: usize, const S: usize>(
         for i in whole..k {
             L::tile_step(&mut acc, x.x.add(i), x.stride, panel.add(i * PANEL));
         }
-        for (r, row) in acc.iter().enumerate() {
-            for (g, sum) in row.iter().enumerate() {
-                sum.store(sums.add(r * PANEL + g * LANES));
-            }
-        }
+        sums.store(&acc);
     }
 }
