@@ -23,8 +23,11 @@ const READ_LEN: usize = 250_000_000;
 /// Rounds of multiply-adds in one pass: some milliseconds, so that forking and joining do not count.
 const FMA_ROUNDS: u64 = 1 << 22;
 
-/// Passes go on for this long, and there are at least three.
-const TIME: Duration = Duration::from_secs(1);
+/// Passes of each kind in a sample.
+const PASSES: usize = 3;
+
+/// How long [`RooflineArgs`] takes samples.
+const TIME: Duration = Duration::from_secs(3);
 
 /// Measure this machine's read bandwidth, f32 FMA peak and the fast lane's peak, the limits of decoding and prefill
 #[derive(Args)]
@@ -45,7 +48,15 @@ pub fn run(args: RooflineArgs) -> Result<()> {
         threads.dedup();
     }
     let (origin, mut memory) = (Origin::now(), memory()?);
-    let rooflines: Vec<_> = threads.iter().map(|&n| measure(&mut memory, n)).collect::<Result<_>>()?;
+    let measure = |&threads| -> Result<Roofline> {
+        let (mut meter, mut pool) = (Meter::new(&mut memory)?, Pool::new(threads)?);
+        let start = Instant::now();
+        while start.elapsed() < TIME {
+            meter.sample(&mut pool);
+        }
+        Ok(meter.roofline(threads))
+    };
+    let rooflines: Vec<_> = threads.iter().map(measure).collect::<Result<_>>()?;
     let mut out = io::stdout().lock();
     if args.json {
         writeln!(out, "{}", origin.with(json!({ "roofline": rooflines }))?)?;
@@ -125,7 +136,7 @@ impl Roofline {
     }
 }
 
-/// The memory that [`measure`] reads. Who measures other things too keeps it until all is done: a virtual machine may give
+/// The memory that a [`Meter`] reads. Who measures other things too keeps it until all is done: a virtual machine may give
 /// freed memory back to its host, which occupies a core for some seconds.
 ///
 /// # Errors
@@ -137,28 +148,69 @@ pub fn memory() -> Result<Arena> {
     Ok(arena)
 }
 
-/// Measures the limits with so many threads, on the memory that [`memory`] has made.
-///
-/// # Errors
-/// When a thread cannot be had.
-pub fn measure(memory: &mut Arena, threads: usize) -> Result<Roofline> {
-    let memory = memory.bump().alloc::<f32>(READ_LEN)?;
-    let mut pool = Pool::new(threads)?;
-    let mut read = |peak| passes(size_of_val(memory) as f64, || read(&mut pool, memory, peak));
-    let (one, four) = (read(read_peak), read(read_peak_in_turn));
-    let read_gb_s = if one.median > four.median { one } else { four };
-    let fma_gflop_s = instruction_sets().map(|isa| {
-        let operations = fma_peak(isa, 1) as f64 * FMA_ROUNDS as f64 * threads as f64;
-        let rate = passes(operations, || pool.run(threads, |_, _| _ = fma_peak(isa, FMA_ROUNDS)));
-        FmaPeak { isa: isa.name(), rate }
-    });
-    let fma_gflop_s = fma_gflop_s.collect();
-    let fast_gflop_s = FastLane::detect(Isa::detect()).and_then(|lane| {
-        let operations = fast_peak(lane, 1)? as f64 * FMA_ROUNDS as f64 * threads as f64;
-        let rate = passes(operations, || pool.run(threads, |_, _| _ = fast_peak(lane, FMA_ROUNDS)));
-        Some(FastPeak { numerics: lane.name(), rate })
-    });
-    Ok(Roofline { threads, read_gb_s, fma_gflop_s, fast_gflop_s })
+/// Measures the limits sample by sample, so that something else can be measured between: what a machine can do changes
+/// from second to second when others use it too.
+pub struct Meter<'a> {
+    memory: &'a [f32],
+    /// From one place, and from four in turn.
+    read: [Vec<f64>; 2],
+    fma: Vec<(Isa, Vec<f64>)>,
+    fast: Option<(FastLane, Vec<f64>)>,
+}
+
+impl<'a> Meter<'a> {
+    /// Reads what [`memory`] has made.
+    ///
+    /// # Errors
+    /// When `memory` is something else.
+    pub fn new(memory: &'a mut Arena) -> Result<Self> {
+        let lane = FastLane::detect(Isa::detect()).filter(|&lane| fast_peak(lane, 1).is_some());
+        Ok(Meter {
+            memory: memory.bump().alloc(READ_LEN)?,
+            read: Default::default(),
+            fma: instruction_sets().map(|isa| (isa, Vec::new())).collect(),
+            fast: lane.map(|lane| (lane, Vec::new())),
+        })
+    }
+
+    /// Takes a sample: some passes of each kind, half a second or less.
+    pub fn sample(&mut self, pool: &mut Pool) {
+        for _ in 0..PASSES {
+            for (peak, rates) in [read_peak, read_peak_in_turn].into_iter().zip(&mut self.read) {
+                rates.push(rate(size_of_val(self.memory) as f64, || read(pool, self.memory, peak)));
+            }
+            for (isa, rates) in &mut self.fma {
+                rates.push(multiply(pool, |rounds| fma_peak(*isa, rounds)));
+            }
+            if let Some((lane, rates)) = &mut self.fast {
+                rates.push(multiply(pool, |rounds| fast_peak(*lane, rounds).unwrap_or(0)));
+            }
+        }
+    }
+
+    /// The limits with so many threads, from the samples taken with them. There is at least one.
+    pub fn roofline(&self, threads: usize) -> Roofline {
+        let [one, four] = self.read.each_ref().map(|rates| Rate::of(rates));
+        let fma = |(isa, rates): &(Isa, Vec<f64>)| FmaPeak { isa: isa.name(), rate: Rate::of(rates) };
+        Roofline {
+            threads,
+            read_gb_s: if one.median > four.median { one } else { four },
+            fma_gflop_s: self.fma.iter().map(fma).collect(),
+            fast_gflop_s: self
+                .fast
+                .as_ref()
+                .map(|(lane, rates)| FastPeak { numerics: lane.name(), rate: Rate::of(rates) }),
+        }
+    }
+}
+
+impl Rate {
+    /// Of at least one pass.
+    fn of(passes: &[f64]) -> Rate {
+        let mut passes = passes.to_vec();
+        passes.sort_by(f64::total_cmp);
+        Rate { best: passes[passes.len() - 1], median: passes[passes.len() / 2] }
+    }
 }
 
 /// Writes the limits as a table.
@@ -194,16 +246,16 @@ fn read(pool: &mut Pool, x: &[f32], peak: fn(Isa, &[f32]) -> f32) {
     });
 }
 
-/// Repeats a pass over `amount` of work; in 10^9 a second.
-fn passes(amount: f64, mut pass: impl FnMut()) -> Rate {
-    pass();
-    let mut rates = Vec::new();
+/// Multiplies on all threads; `peak` does so many rounds and says how many operations those were. In 10^9 a second.
+fn multiply(pool: &mut Pool, peak: impl Fn(u64) -> u64 + Sync) -> f64 {
+    let threads = pool.threads();
+    let operations = peak(1) as f64 * FMA_ROUNDS as f64 * threads as f64;
+    rate(operations, || pool.run(threads, |_, _| _ = peak(FMA_ROUNDS)))
+}
+
+/// Of one pass over `amount` of work; in 10^9 a second.
+fn rate(amount: f64, pass: impl FnOnce()) -> f64 {
     let start = Instant::now();
-    while rates.len() < 3 || start.elapsed() < TIME {
-        let begin = Instant::now();
-        pass();
-        rates.push(amount / begin.elapsed().as_secs_f64() / 1e9);
-    }
-    rates.sort_by(f64::total_cmp);
-    Rate { best: rates[rates.len() - 1], median: rates[rates.len() / 2] }
+    pass();
+    amount / start.elapsed().as_secs_f64() / 1e9
 }

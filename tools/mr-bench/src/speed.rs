@@ -14,14 +14,14 @@ use crate::inference::{Inference, IsaArg};
 use crate::machine::Origin;
 use crate::output::write_whole;
 use crate::profile::{self, Operation, Recorder};
-use crate::roofline::{self, Roofline};
+use crate::roofline::{self, Meter, Roofline};
 use crate::work::{decode_bytes, prefill_flops};
 
 /// Measure prefill and decoding speed, and their share of this machine's limits
 ///
 /// ppN is the prefill of N tokens, tgN the decoding of N tokens one by one, @dD after D other tokens. Tokens are random;
 /// nothing is sampled. Each test runs once to warm up, then as often as -r says. The limits, multiply-adds for
-/// prefill and memory bandwidth for decoding, are measured in the same run with as many threads: medians beside medians.
+/// prefill and memory bandwidth for decoding, are measured in turn with it and with as many threads: medians beside medians.
 #[derive(Args)]
 pub struct SpeedArgs {
     #[command(flatten)]
@@ -91,6 +91,8 @@ struct Measurement {
     limit: Option<f64>,
     /// `rate / limit`
     share: Option<f64>,
+    /// What the machine can do, measured between the repetitions.
+    roofline: Roofline,
     /// Of as many repetitions more; empty unless asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     profile: Vec<Operation>,
@@ -116,7 +118,6 @@ struct Report {
     isa: &'static str,
     numerics: &'static str,
     batch: usize,
-    rooflines: Vec<Roofline>,
     tests: Vec<Measurement>,
 }
 
@@ -149,9 +150,8 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     let mut logits = vec![0.0; cfg.vocab_size as usize];
 
     let (origin, mut memory) = (Origin::now(), roofline::memory()?);
-    let (mut rooflines, mut tests, mut events) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut tests, mut events) = (Vec::new(), Vec::new());
     for &threads in &all_threads {
-        let roofline = roofline::measure(&mut memory, threads)?;
         pool.set_threads(threads);
         for &depth in &args.depth {
             inference.kv.truncate(0);
@@ -164,6 +164,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
             };
             for kind in kinds.iter().copied().filter(measured_with) {
                 let mut seconds = Vec::new();
+                let mut meter = Meter::new(&mut memory)?;
                 for repetition in 0..=args.repetitions {
                     inference.kv.truncate(depth);
                     let tokens = &tokens[depth..depth + kind.tokens()];
@@ -175,15 +176,18 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                     if repetition > 0 {
                         seconds.push(start.elapsed().as_secs_f64());
                     }
+                    meter.sample(&mut pool);
                 }
+                let roofline = meter.roofline(threads);
+                let limits = roofline.limit(isa, numerics);
                 let (work, unit, limit) = match kind {
                     Kind::Prefill(n) => {
-                        let peak = roofline.limit(isa, numerics).map(|limit| limit.flop_s / 1e9);
+                        let peak = limits.as_ref().map(|limit| limit.flop_s / 1e9);
                         (prefill_flops(cfg, depth, n), "GFLOP/s", peak)
                     }
                     Kind::Decode(n) => (decode_bytes(cfg, depth, n), "GB/s", Some(roofline.read_gb_s.median)),
                 };
-                let mut test = Measurement::new(kind, depth, threads, seconds, work / 1e9, unit, limit);
+                let mut test = Measurement::new(kind, depth, seconds, work / 1e9, unit, limit, roofline);
                 let mut record = |repetitions| -> Result<Recorder> {
                     let mut recorder = Recorder::new();
                     for _ in 0..repetitions {
@@ -198,7 +202,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                 };
                 if args.profile {
                     let spans = record(args.repetitions)?.spans;
-                    test.profile = profile::operations(&spans, cfg, roofline.limit(isa, numerics).as_ref());
+                    test.profile = profile::operations(&spans, cfg, limits.as_ref());
                 }
                 if args.trace.is_some() {
                     let name = format!("{}, {threads} threads", test.test);
@@ -207,7 +211,6 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                 tests.push(test);
             }
         }
-        rooflines.push(roofline);
     }
 
     if let Some(path) = &args.trace {
@@ -222,7 +225,6 @@ pub fn run(args: SpeedArgs) -> Result<()> {
         isa: isa.name(),
         numerics: numerics.name(),
         batch: limits.batch,
-        rooflines,
         tests,
     };
     let mut out = std::io::stdout().lock();
@@ -271,11 +273,11 @@ impl Measurement {
     fn new(
         kind: Kind,
         depth: usize,
-        threads: usize,
         seconds: Vec<f64>,
         work: f64,
         unit: &'static str,
         limit: Option<f64>,
+        roofline: Roofline,
     ) -> Measurement {
         let (name, prompt_tokens, generated_tokens) = match kind {
             Kind::Prefill(n) => (format!("pp{n}"), n, 0),
@@ -288,7 +290,7 @@ impl Measurement {
         let rate = work / median;
         Measurement {
             test: if depth > 0 { format!("{name}@d{depth}") } else { name },
-            threads,
+            threads: roofline.threads,
             prompt_tokens,
             generated_tokens,
             depth,
@@ -302,6 +304,7 @@ impl Measurement {
             unit,
             limit,
             share: limit.map(|limit| rate / limit),
+            roofline,
             profile: Vec::new(),
         }
     }

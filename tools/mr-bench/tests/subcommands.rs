@@ -243,8 +243,8 @@ fn speed_measures_every_combination() {
     assert_eq!(names, [once, once].concat());
     for (i, test) in tests.iter().enumerate() {
         let number = |name: &str| test[name].as_f64().unwrap();
-        let threads = &result["rooflines"][i / 6];
-        assert_eq!(test["threads"], threads["threads"]);
+        let roofline = &test["roofline"];
+        assert_eq!((&test["threads"], &roofline["threads"]), (&json!(1 + i / 6), &json!(1 + i / 6)));
         let seconds: Vec<f64> =
             test["seconds"].as_array().unwrap().iter().map(|s| s.as_f64().unwrap()).collect();
         let median = (seconds[0] + seconds[1]) / 2.0;
@@ -257,9 +257,9 @@ fn speed_measures_every_combination() {
                 && rate["median"].as_f64() <= rate["max"].as_f64()
         );
         if names[i].starts_with("tg") {
-            assert_eq!((&test["limit"], &test["unit"]), (&threads["read_gb_s"]["median"], &json!("GB/s")));
+            assert_eq!((&test["limit"], &test["unit"]), (&roofline["read_gb_s"]["median"], &json!("GB/s")));
         } else {
-            let peaks = threads["fma_gflop_s"].as_array().unwrap();
+            let peaks = roofline["fma_gflop_s"].as_array().unwrap();
             let peak = peaks.iter().find(|peak| peak["isa"] == result["isa"]).unwrap();
             assert_eq!((&test["limit"], &test["unit"]), (&peak["median"], &json!("GFLOP/s")));
         }
@@ -298,7 +298,7 @@ fn the_fast_lane_is_measured_against_its_own_peak() {
     let args =
         ["speed", "--model-dir", text(&model.dir), "-p", "9", "-n", "0", "-r", "1", "-t", "1", "--profile"];
     let result = json(&[&args[..], &["--json", "--numerics", "fast"]].concat());
-    let (test, peak) = (&result["tests"][0], &result["rooflines"][0]["fast_gflop_s"]);
+    let (test, peak) = (&result["tests"][0], &result["tests"][0]["roofline"]["fast_gflop_s"]);
     assert_eq!(peak["numerics"], result["numerics"]);
     assert_eq!(test["limit"], peak["median"]);
     assert!(test["share"].as_f64() > Some(0.0));
