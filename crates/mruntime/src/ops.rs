@@ -97,7 +97,7 @@ pub(crate) fn linear(
 
 /// Into how large parts to cut `panels` panels, of a product of `rows` rows with `part_rows` rows to a part.
 fn panels_of_part(panels: usize, rows: usize, part_rows: usize, threads: usize) -> usize {
-    // One thread waits for nobody, and decodes with 4 to 5 % more of the bandwidth on Zen 3 than in parts of 16 panels.
+    // One thread waits for nobody, and decodes with 4 to 5 % more of the bandwidth on Zen 3 than in parts.
     if threads == 1 {
         return panels;
     }
