@@ -13,7 +13,7 @@ use crate::pool::{Blocks, Chunks, PerWorker, Pool};
 /// down. With more rows parts are smaller, as a panel takes longer.
 const PARTS_PER_THREAD: usize = 16;
 
-/// The most panels of a part: a megabyte or so, a fraction of a millisecond.
+/// The most panels of a part, where there are other threads: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
 
 /// Panels that a part of up to `STREAMED_ROWS` rows has at least, where each thread has as many: four runs of some length.
@@ -95,7 +95,7 @@ pub(crate) fn linear(
     }
 }
 
-/// Into how large parts to cut `panels` panels, of a product of `rows` rows with `part_rows` rows to a part.
+/// How many of `panels` panels of a result of `rows` rows make a part of `part_rows` rows.
 fn panels_of_part(panels: usize, rows: usize, part_rows: usize, threads: usize) -> usize {
     // One thread waits for nobody, and decodes with 4 to 5 % more of the bandwidth on Zen 3 than in parts.
     if threads == 1 {

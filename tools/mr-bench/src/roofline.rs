@@ -26,7 +26,7 @@ const FMA_ROUNDS: u64 = 1 << 22;
 /// Passes of each kind in a sample.
 const PASSES: usize = 3;
 
-/// How long [`RooflineArgs`] takes samples.
+/// How long [`run`] takes samples for each number of threads.
 const TIME: Duration = Duration::from_secs(3);
 
 /// Measure this machine's read bandwidth, f32 FMA peak and the fast lane's peak, the limits of decoding and prefill
@@ -173,7 +173,7 @@ impl<'a> Meter<'a> {
         })
     }
 
-    /// Takes a sample: some passes of each kind, half a second or less.
+    /// Takes a sample: [`PASSES`] passes of each kind.
     pub fn sample(&mut self, pool: &mut Pool) {
         for _ in 0..PASSES {
             for (peak, rates) in [read_peak, read_peak_in_turn].into_iter().zip(&mut self.read) {
@@ -192,14 +192,13 @@ impl<'a> Meter<'a> {
     pub fn roofline(&self, threads: usize) -> Roofline {
         let [one, four] = self.read.each_ref().map(|rates| Rate::of(rates));
         let fma = |(isa, rates): &(Isa, Vec<f64>)| FmaPeak { isa: isa.name(), rate: Rate::of(rates) };
+        let fast =
+            |(lane, rates): &(FastLane, Vec<f64>)| FastPeak { numerics: lane.name(), rate: Rate::of(rates) };
         Roofline {
             threads,
             read_gb_s: if one.median > four.median { one } else { four },
             fma_gflop_s: self.fma.iter().map(fma).collect(),
-            fast_gflop_s: self
-                .fast
-                .as_ref()
-                .map(|(lane, rates)| FastPeak { numerics: lane.name(), rate: Rate::of(rates) }),
+            fast_gflop_s: self.fast.as_ref().map(fast),
         }
     }
 }

@@ -179,10 +179,10 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                     meter.sample(&mut pool);
                 }
                 let roofline = meter.roofline(threads);
-                let limits = roofline.limit(isa, numerics);
+                let bounds = roofline.limit(isa, numerics);
                 let (work, unit, limit) = match kind {
                     Kind::Prefill(n) => {
-                        let peak = limits.as_ref().map(|limit| limit.flop_s / 1e9);
+                        let peak = bounds.as_ref().map(|limit| limit.flop_s / 1e9);
                         (prefill_flops(cfg, depth, n), "GFLOP/s", peak)
                     }
                     Kind::Decode(n) => (decode_bytes(cfg, depth, n), "GB/s", Some(roofline.read_gb_s.median)),
@@ -202,7 +202,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                 };
                 if args.profile {
                     let spans = record(args.repetitions)?.spans;
-                    test.profile = profile::operations(&spans, cfg, limits.as_ref());
+                    test.profile = profile::operations(&spans, cfg, bounds.as_ref());
                 }
                 if args.trace.is_some() {
                     let name = format!("{}, {threads} threads", test.test);
