@@ -411,7 +411,14 @@ unsafe fn tile_rows<const FHM: bool>(
                 $($r => {
                     for at in (0..PANEL).step_by(8 * $g) {
                         // SAFETY: the same contract.
-                        unsafe { tile::<$r, $g, FHM>(x, k, w.add(at), saved, sums.add(at)) };
+                        unsafe {
+                            let (w, sums) = (w.add(at), sums.add(at));
+                            if FHM {
+                                fhm_tile::<$r, $g>(x, k, w, saved, sums)
+                            } else {
+                                fp16_tile::<$r, $g>(x, k, w, saved, sums)
+                            }
+                        }
                     }
                 })+
                 _ => unreachable!("a tile of {rows} rows"),
@@ -419,6 +426,40 @@ unsafe fn tile_rows<const FHM: bool>(
         };
     }
     heights!(1 x 4  2 x 4  3 x 4  4 x 4  5 x 2  6 x 2  7 x 2  8 x 2)
+}
+
+/// [`tile`] without FEAT_FHM. A function of its own, like the next one: all tiles in one function take minutes to compile.
+///
+/// # Safety
+/// As there.
+#[inline(never)]
+#[target_feature(enable = "neon,fp16")]
+unsafe fn fp16_tile<const R: usize, const G: usize>(
+    x: *const u16,
+    k: usize,
+    w: *const f16,
+    saved: *mut u16,
+    sums: *mut f32,
+) {
+    // SAFETY: the same contract.
+    unsafe { tile::<R, G, false>(x, k, w, saved, sums) }
+}
+
+/// [`tile`] with FEAT_FHM.
+///
+/// # Safety
+/// As there.
+#[inline(never)]
+#[target_feature(enable = "neon,fp16,fhm")]
+unsafe fn fhm_tile<const R: usize, const G: usize>(
+    x: *const u16,
+    k: usize,
+    w: *const f16,
+    saved: *mut u16,
+    sums: *mut f32,
+) {
+    // SAFETY: the same contract.
+    unsafe { tile::<R, G, true>(x, k, w, saved, sums) }
 }
 
 /// The register tile: adds the products of `k` inputs to `R` rows of `8 * G` sums.
