@@ -79,14 +79,13 @@ if (($#)); then
     exit
 fi
 models/get_smollm2.py >&2
-# Always the same packages, though not all have the tests that are asked for: with others, features differ, and what all share is
-# built anew.
+# Features depend on which packages are named. With the same ones in each call, what all share is built once.
 packages=(-p mrt-format -p mrt-kernels -p mruntime -p mruntime-tests)
 for cpu in max cortex-a53; do
     on "$cpu" --lib --test bits "${packages[@]}"
 done
 for cpu in cortex-a72 cortex-a76 neoverse-n1; do
-    # mruntime-tests depends on all others, and has no unit tests.
+    # mruntime-tests has no unit tests: it gives the kernels the features that they were built with above.
     on "$cpu" --lib -p mrt-kernels -p mruntime-tests
 done
 for cpu in max cortex-a76; do
