@@ -15,7 +15,7 @@ pub struct mruntime_open_options {
     pub size: usize,
     /// The root digest that the file must have, 32 bytes; NULL for any.
     pub expected_root: *const u8,
-    /// Threads of the pool that the model's sessions share; 0 for one on each fast core.
+    /// Threads of the pool that the model's sessions share; 0 for one on each fast physical core.
     pub threads: u32,
     /// 0: the weights are mapped, and stay in the page cache. Nobody may truncate the file or write to it while it is
     /// open; replacing it by renaming another one over it is fine. 1: they are read into memory of the process's own.

@@ -1,6 +1,8 @@
 //! All that differs from one operating system to another: mapping and its advice, reading at an offset, making a name
 //! durable, counting cores and memory.
 
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -95,29 +97,51 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
-/// The number of fast cores that this process may use: all cores, but those whose capacity is below half of the largest
-/// one's. Slow cores beside fast ones make the fast ones wait at the end of each job.
+/// The number of cores to compute on: physical ones that this process may use, but those whose capacity is below half of
+/// the largest one's. The logical cores of a physical one share its multipliers, caches and paths to memory; slow cores
+/// make fast ones wait at the end of each job.
 pub fn performance_cores() -> usize {
     let all = std::thread::available_parallelism().map_or(1, usize::from);
     fast_cores().map_or(all, |fast| fast.clamp(1, all))
 }
 
-/// By the capacities that the kernel states, on machines whose cores differ.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn fast_cores() -> Option<usize> {
-    let capacity = |cpu: usize| {
-        let path = format!("/sys/devices/system/cpu/cpu{cpu}/cpu_capacity");
-        std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()
-    };
-    let capacities: Vec<u64> = (0..).map_while(capacity).collect();
-    let max = *capacities.iter().max()?;
-    Some(capacities.iter().filter(|&&capacity| 2 * capacity >= max).count())
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    Some(fast_cores_among(&cpu_list(list.trim())?, Path::new("/sys/devices/system/cpu")))
 }
 
-/// Apple's first performance level.
+/// The numbers of a list in the kernel's manner, such as `0-3,8`.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn cpu_list(list: &str) -> Option<Vec<u32>> {
+    let mut cpus = Vec::new();
+    for range in list.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        cpus.extend(first.parse::<u32>().ok()?..=last.parse::<u32>().ok()?);
+    }
+    Some(cpus)
+}
+
+/// The number of physical cores of these logical ones without the slow, by what the kernel states in `folder`.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn fast_cores_among(cpus: &[u32], folder: &Path) -> usize {
+    let read = |cpu: u32, name: &str| std::fs::read_to_string(folder.join(format!("cpu{cpu}/{name}"))).ok();
+    // Stated only where cores differ.
+    let capacity = |cpu: u32| read(cpu, "cpu_capacity")?.trim().parse::<u64>().ok();
+    let capacities: Vec<u64> = cpus.iter().map(|&cpu| capacity(cpu).unwrap_or(0)).collect();
+    let most = capacities.iter().copied().max().unwrap_or(0);
+    let fast = cpus.iter().zip(capacities).filter(|&(_, capacity)| 2 * capacity >= most);
+    // Logical cores of the same physical one have the same siblings.
+    let siblings = |cpu: u32| read(cpu, "topology/thread_siblings_list").unwrap_or_else(|| cpu.to_string());
+    fast.map(|(&cpu, _)| siblings(cpu)).collect::<BTreeSet<_>>().len()
+}
+
+/// Of Apple's first performance level; Intel's processors have no levels.
 #[cfg(any(target_os = "macos", target_os = "ios"))]
 fn fast_cores() -> Option<usize> {
-    let cores: std::ffi::c_int = sysctl(c"hw.perflevel0.logicalcpu")?;
+    let cores: std::ffi::c_int =
+        sysctl(c"hw.perflevel0.physicalcpu").or_else(|| sysctl(c"hw.physicalcpu"))?;
     usize::try_from(cores).ok().filter(|&cores| cores > 0)
 }
 
@@ -204,4 +228,53 @@ pub(crate) fn drop_cache(file: &File) {
     use std::os::fd::AsRawFd;
     // SAFETY: advice on an open file; it touches no memory.
     unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
+
+#[cfg(all(test, any(target_os = "linux", target_os = "android")))]
+mod tests {
+    use super::*;
+
+    /// A folder with the files of logical cores: their siblings, and capacities where those are not 0.
+    fn machine(cores: &[(&str, u64)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (cpu, (siblings, capacity)) in cores.iter().enumerate() {
+            let cpu = folder.path().join(format!("cpu{cpu}"));
+            std::fs::create_dir_all(cpu.join("topology")).unwrap();
+            std::fs::write(cpu.join("topology/thread_siblings_list"), format!("{siblings}\n")).unwrap();
+            if *capacity > 0 {
+                std::fs::write(cpu.join("cpu_capacity"), format!("{capacity}\n")).unwrap();
+            }
+        }
+        folder
+    }
+
+    #[test]
+    fn logical_cores_of_one_physical_core_count_once() {
+        let machine = machine(&[("0,2", 0), ("1,3", 0), ("0,2", 0), ("1,3", 0)]);
+        assert_eq!(fast_cores_among(&[0, 1, 2, 3], machine.path()), 2);
+        assert_eq!(fast_cores_among(&[0, 2], machine.path()), 1);
+        assert_eq!(fast_cores_among(&[1, 2], machine.path()), 2);
+    }
+
+    #[test]
+    fn slow_cores_do_not_count_beside_fast_ones() {
+        let machine = machine(&[("0", 446), ("1", 446), ("2", 871), ("3", 1024)]);
+        assert_eq!(fast_cores_among(&[0, 1, 2, 3], machine.path()), 2);
+        assert_eq!(fast_cores_among(&[0, 1, 2], machine.path()), 3);
+        assert_eq!(fast_cores_among(&[0, 1], machine.path()), 2);
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_tell_counts() {
+        let machine = tempfile::tempdir().unwrap();
+        assert_eq!(fast_cores_among(&[0, 1, 5], machine.path()), 3);
+    }
+
+    #[test]
+    fn lists_of_cpus() {
+        assert_eq!(cpu_list("0-3,8,10-11"), Some(vec![0, 1, 2, 3, 8, 10, 11]));
+        assert_eq!(cpu_list("7"), Some(vec![7]));
+        assert_eq!(cpu_list(""), None);
+        assert_eq!(cpu_list("0-x"), None);
+    }
 }

@@ -32,7 +32,7 @@ pub struct ColdArgs {
     /// Tokens of the prompt
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', default_value = "16,512", value_parser = mr_cli::parse_count)]
     prompt: Vec<usize>,
-    /// Threads [default: all cores]
+    /// Threads [default: all fast physical cores]
     #[arg(short, long, value_name = "N", value_parser = mr_cli::parse_threads)]
     threads: Option<usize>,
     /// Processes for each measurement
@@ -92,7 +92,7 @@ struct Report {
 
 /// Runs the subcommand.
 pub fn run(args: ColdArgs) -> Result<()> {
-    let threads = args.threads.unwrap_or_else(mr_cli::all_cores);
+    let threads = args.threads.unwrap_or_else(mruntime::performance_cores);
     let model = Model::open(&args.model, &OpenOptions::default(), &mut Pool::new(1)?)?;
     let numerics = args.numerics.get(Isa::detect())?;
     let bench = Bench { threads, prefault: args.prefault, numerics, repetitions: args.repetitions };

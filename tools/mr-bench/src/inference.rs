@@ -12,7 +12,7 @@ use mruntime::{
 /// How to run the model, whatever is measured.
 #[derive(Args)]
 pub struct RunArgs {
-    /// Threads [default: all cores]
+    /// Threads [default: all fast physical cores]
     #[arg(short, long, value_name = "N", value_parser = mr_cli::parse_threads)]
     pub threads: Option<usize>,
     #[command(flatten)]

@@ -38,7 +38,7 @@ pub struct LogitsArgs {
 
 /// Runs the subcommand.
 pub fn run(args: LogitsArgs) -> Result<()> {
-    let mut pool = Pool::new(args.run.threads.unwrap_or_else(mr_cli::all_cores))?;
+    let mut pool = Pool::new(args.run.threads.unwrap_or_else(mruntime::performance_cores))?;
     let model = args.model.open(&OpenOptions::default(), &mut pool)?;
     let cfg = model.config();
     let tokens = read_tokens(&args.tokens, cfg.vocab_size)?;

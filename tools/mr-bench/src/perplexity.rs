@@ -70,7 +70,7 @@ impl PerplexityArgs {
 
 /// Runs the subcommand.
 pub fn run(args: PerplexityArgs) -> Result<()> {
-    let mut pool = Pool::new(args.run.threads.unwrap_or_else(mr_cli::all_cores))?;
+    let mut pool = Pool::new(args.run.threads.unwrap_or_else(mruntime::performance_cores))?;
     let model = args.model.open(&OpenOptions::default(), &mut pool)?;
     let cfg = model.config();
     let tokens = args.tokens(&model)?;

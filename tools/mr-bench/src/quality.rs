@@ -46,7 +46,7 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     let Some(numerics) = Numerics::fast(isa) else {
         return Err(format!("there is no fast lane beside {} on this machine", isa.name()).into());
     };
-    let mut pool = Pool::new(args.run.threads.unwrap_or_else(mr_cli::all_cores))?;
+    let mut pool = Pool::new(args.run.threads.unwrap_or_else(mruntime::performance_cores))?;
     let model = args.model.open(&OpenOptions::default(), &mut pool)?;
     let cfg = model.config();
     let (tokens, window) = (args.tokens(&model)?, args.window(cfg));

@@ -32,7 +32,7 @@ const TIME: Duration = Duration::from_secs(3);
 /// Measure this machine's read bandwidth, f32 FMA peak and the fast lane's peak, the limits of decoding and prefill
 #[derive(Args)]
 pub struct RooflineArgs {
-    /// Numbers of threads [default: 1 and all cores]
+    /// Numbers of threads [default: 1 and all fast physical cores]
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = mr_cli::parse_threads)]
     threads: Vec<usize>,
     /// Print one JSON object
@@ -44,7 +44,7 @@ pub struct RooflineArgs {
 pub fn run(args: RooflineArgs) -> Result<()> {
     let mut threads = args.threads;
     if threads.is_empty() {
-        threads = vec![1, mr_cli::all_cores()];
+        threads = vec![1, mruntime::performance_cores()];
         threads.dedup();
     }
     let (origin, mut memory) = (Origin::now(), memory()?);

@@ -35,7 +35,7 @@ pub struct SpeedArgs {
     /// Tokens that are in the context before
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
     depth: Vec<usize>,
-    /// Numbers of threads of decoding, and of prefill if nothing else is said [default: all cores]
+    /// Numbers of threads of decoding, and of prefill if nothing else is said [default: all fast physical cores]
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = mr_cli::parse_threads)]
     threads: Vec<usize>,
     /// Numbers of threads of prefill
@@ -123,7 +123,8 @@ struct Report {
 
 /// Runs the subcommand.
 pub fn run(args: SpeedArgs) -> Result<()> {
-    let decode_threads = if args.threads.is_empty() { vec![mr_cli::all_cores()] } else { args.threads };
+    let decode_threads =
+        if args.threads.is_empty() { vec![mruntime::performance_cores()] } else { args.threads };
     let prefill_threads =
         if args.threads_batch.is_empty() { decode_threads.clone() } else { args.threads_batch };
     let mut all_threads = decode_threads.clone();

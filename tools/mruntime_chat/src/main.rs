@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let decode_threads = cli.threads.unwrap_or_else(mr_cli::all_cores);
+    let decode_threads = cli.threads.unwrap_or_else(mruntime::performance_cores);
     let prefill_threads = cli.threads_batch.unwrap_or(decode_threads);
     let mut pool = Pool::new(decode_threads.max(prefill_threads))?;
     let verify = if cli.verify { Verify::Full } else { Verify::Header };

@@ -59,7 +59,7 @@ pub struct Cli {
     /// Tokens of the whole conversation, at most [default: what the model was trained for, at most 4096]
     #[arg(long, value_name = "N", value_parser = mr_cli::parse_count)]
     ctx: Option<usize>,
-    /// Threads of decoding, and of prefill if nothing else is said [default: all cores]
+    /// Threads of decoding, and of prefill if nothing else is said [default: all fast physical cores]
     #[arg(short, long, value_name = "N", value_parser = mr_cli::parse_threads)]
     pub threads: Option<usize>,
     /// Threads of prefill: the reading of messages, which gains from every core; decoding may not
