@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 models/get_qwen2_5_tokenizer.py >&2
 models/get_smollm2.py >&2
 cargo test --workspace "$@"
+# With the examples, whose dependencies are those of the tests: else features differ, and much is built a second time.
+cargo build --quiet --workspace --bins --examples
 
 # The reader that knows the format by its specification only. It needs numpy, which models/fetch.py gets.
 reader() {
@@ -20,6 +22,6 @@ reader --vectors tests/vectors/files.json
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
 for model in tests/goldens/tiny/*; do
-    cargo run -q --bin mr-convert -- "$model" "$folder/model.mrt" >"$folder/log"
+    "${CARGO_TARGET_DIR:-target}/debug/mr-convert" "$model" "$folder/model.mrt" >"$folder/log"
     reader "$folder/model.mrt" --safetensors "$model"
 done

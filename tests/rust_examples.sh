@@ -32,7 +32,7 @@ prompts = {prompt["name"]: prompt for prompt in json.load(open("tests/goldens/sm
 print(*prompts[sys.argv[1]][sys.argv[2]][:int(sys.argv[3])])' "$@"
 }
 
-cargo build --quiet --workspace --examples
+cargo build --quiet --workspace --bins --examples
 bin=$target/debug/examples
 
 # One-shot completion: transformers' greedy continuation.
@@ -82,7 +82,7 @@ with zipfile.ZipFile(sys.argv[2], "w") as app:
             packed.write(piece)
 END
 got=$("$bin/zip_entry" "$work/app.zip" assets/model.mrt)
-root=$(cargo run --quiet --bin mrt -- info "$model" | awk '$1 == "root" { print $2 }')
+root=$("$target/debug/mrt" info "$model" | awk '$1 == "root" { print $2 }')
 [[ $got == *", root $root, weights Some(Map)" ]] || fail "zip_entry: $got"
 refused "small.mrt is compressed" "$bin/zip_entry" "$work/app.zip" small.mrt
 
