@@ -39,6 +39,12 @@ fn top_p_95(bencher: Bencher<'_, '_>) {
     bench(bencher, SamplingOptions { temperature: 0.7, top_p: 0.95, ..SamplingOptions::GREEDY });
 }
 
+/// With a high temperature a nucleus has most of the vocabulary.
+#[divan::bench]
+fn temperature_4_top_p_95(bencher: Bencher<'_, '_>) {
+    bench(bencher, SamplingOptions { temperature: 4.0, top_p: 0.95, ..SamplingOptions::GREEDY });
+}
+
 fn main() {
     divan::main();
 }

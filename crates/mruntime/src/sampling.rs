@@ -63,10 +63,12 @@ impl SamplingOptions {
     }
 }
 
+/// A token that may be chosen. Its score is first its logit, then its probability relative to that of the most probable
+/// token.
 #[derive(Clone, Copy)]
 struct Candidate {
     id: u32,
-    logit: f32,
+    score: f32,
 }
 
 /// The state of sampling: options, random numbers, and the tokens that have occurred.
@@ -137,38 +139,42 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
     if options.temperature == 0.0 || options.top_k == 1 {
         return argmax(logits);
     }
-    mrt_kernels::scale(sampler.isa, logits, 1.0 / options.temperature, &mut sampler.weights);
-    let total = mrt_kernels::softmax(sampler.isa, &mut sampler.weights);
-    let (candidates, weights) = (&mut sampler.candidates, &sampler.weights);
-    let weight = |c: &Candidate| if c.logit == f32::NEG_INFINITY { 0.0 } else { weights[c.id as usize] };
-
-    if options.top_k > 0 {
-        largest(logits, options.top_k as usize, candidates);
-        let total: f32 = candidates.iter().map(weight).sum();
-        keep_nucleus(candidates, weight, options.top_p * total);
-        // The most probable token has weight 1.
-        candidates.retain(|c| weight(c) >= options.min_p);
+    let Sampler { candidates, weights, isa, .. } = sampler;
+    let per_temperature = 1.0 / options.temperature;
+    let top_k = options.top_k as usize;
+    let total;
+    if (1..logits.len()).contains(&top_k) {
+        largest(logits, top_k, candidates);
+        let weights = &mut weights[..candidates.len()];
+        for (weight, c) in weights.iter_mut().zip(candidates.iter()) {
+            *weight = c.score * per_temperature;
+        }
+        total = mrt_kernels::softmax(*isa, weights);
+        for (weight, c) in weights.iter().zip(candidates.iter_mut()) {
+            c.score = *weight;
+        }
+        candidates.retain(|c| c.score >= options.min_p);
     } else {
-        // All weights below the floor together are less than what a nucleus leaves out.
+        mrt_kernels::scale(*isa, logits, per_temperature, weights);
+        total = mrt_kernels::softmax(*isa, weights);
+        // All below the floor together are less than what a nucleus leaves out.
         let floor = (1.0 - options.top_p) * total / logits.len() as f32;
         candidates.clear();
-        each_above(weights, floor.max(options.min_p).next_down(), |id, _, floor| {
-            candidates.push(Candidate { id: id as u32, logit: logits[id] });
+        each_above(weights, floor.max(options.min_p).next_down(), |id, score, floor| {
+            candidates.push(Candidate { id: id as u32, score });
             floor
         });
-        if options.top_p < 1.0 {
-            keep_nucleus(candidates, weight, options.top_p * total);
-        }
+    }
+    if options.top_p < 1.0 {
+        keep_nucleus(candidates, f64::from(options.top_p) * f64::from(total));
     }
 
-    let total: f32 = candidates.iter().map(weight).sum();
-    let mut left = next_random(&mut sampler.random) * total;
+    let total: f64 = candidates.iter().map(|c| f64::from(c.score)).sum();
+    let mut left = f64::from(next_random(&mut sampler.random)) * total;
     let chosen = candidates.iter().find(|c| {
-        left -= weight(c);
+        left -= f64::from(c.score);
         left < 0.0
     });
-    // Rounding may leave nothing below zero: then it is the last one that can be chosen at all.
-    let chosen = chosen.or_else(|| candidates.iter().rfind(|c| weight(c) > 0.0));
     chosen.map_or_else(|| argmax(logits), |c| c.id)
 }
 
@@ -205,9 +211,9 @@ fn each_above(values: &[f32], mut threshold: f32, mut f: impl FnMut(usize, f32, 
     }
 }
 
-/// Larger logits first, then smaller ids.
+/// Larger scores first, then smaller ids.
 fn rank(a: &Candidate, b: &Candidate) -> Ordering {
-    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+    b.score.total_cmp(&a.score).then(a.id.cmp(&b.id))
 }
 
 /// The `k` largest logits in order of rank, in one pass: once there are `k`, only what beats the k-th is kept.
@@ -216,12 +222,12 @@ fn largest(logits: &[f32], k: usize, candidates: &mut Vec<Candidate>) {
     let k = k.min(logits.len());
     let room = (2 * k).max(256).min(logits.len());
     each_above(logits, f32::NEG_INFINITY, |id, logit, threshold| {
-        candidates.push(Candidate { id: id as u32, logit });
+        candidates.push(Candidate { id: id as u32, score: logit });
         if candidates.len() < room {
             return threshold;
         }
         keep_best(candidates, k);
-        candidates[k - 1].logit
+        candidates[k - 1].score
     });
     keep_best(candidates, k);
     candidates.sort_unstable_by(rank);
@@ -235,29 +241,35 @@ fn keep_best(candidates: &mut Vec<Candidate>, k: usize) {
     }
 }
 
-/// Cuts candidates to the first ones by rank whose weights sum to at least `mass`, if there are such.
-fn keep_nucleus(candidates: &mut Vec<Candidate>, weight: impl Fn(&Candidate) -> f32, mass: f32) {
-    // It is small as a rule: look for it among a few, then among more.
-    let mut k = 64;
-    loop {
-        let some = k.min(candidates.len());
-        if some < candidates.len() {
-            candidates.select_nth_unstable_by(some, rank);
+/// Keeps the fewest candidates whose scores, all of 0 to 1, sum to at least `mass`; of equal ones the first.
+///
+/// Such floats are in order of their bits. So the smallest score to keep is found digit by digit, by sums over the
+/// scores that share the digits found so far.
+fn keep_nucleus(candidates: &mut Vec<Candidate>, mass: f64) {
+    const DIGIT: u32 = 10;
+    let mut left = mass;
+    let mut found = 0;
+    for shift in [2 * DIGIT, DIGIT, 0] {
+        let mut sums = [0.0; 1 << DIGIT];
+        for c in &*candidates {
+            let bits = c.score.to_bits();
+            if (bits ^ found) >> (shift + DIGIT) == 0 {
+                sums[(bits >> shift) as usize % sums.len()] += f64::from(c.score);
+            }
         }
-        candidates[..some].sort_unstable_by(rank);
-        let mut sum = 0.0;
-        let last = candidates[..some].iter().position(|c| {
-            sum += weight(c);
-            sum >= mass
-        });
-        if let Some(last) = last {
-            return candidates.truncate(last + 1);
+        let mut digit = sums.len() - 1;
+        while digit > 0 && sums[digit] < left {
+            left -= sums[digit];
+            digit -= 1;
         }
-        if some == candidates.len() {
-            return;
-        }
-        k *= 8;
+        found |= (digit as u32) << shift;
     }
+    let least = f32::from_bits(found);
+    candidates.retain(|c| {
+        let keep = c.score > least || c.score == least && left > 0.0;
+        left -= if c.score == least { f64::from(least) } else { 0.0 };
+        keep
+    });
 }
 
 /// A number in 0 .. 1 from SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
@@ -333,6 +345,7 @@ mod tests {
         assert_eq!(excluded(SamplingOptions { top_p: 0.7, ..SAMPLE }), [true, false, true, false]);
         assert_eq!(excluded(SamplingOptions { top_p: 0.8, ..SAMPLE }), [false, false, true, false]);
         assert_eq!(excluded(SamplingOptions { min_p: 0.4, ..SAMPLE }), [true, false, true, false]);
+        assert_eq!(excluded(SamplingOptions { top_k: 3, min_p: 0.4, ..SAMPLE }), [true, false, true, false]);
         // Top-p looks at the probabilities that top-k has left: 2/3 and 1/3.
         assert_eq!(excluded(SamplingOptions { top_k: 2, top_p: 0.6, ..SAMPLE }), [true, false, true, true]);
     }
@@ -341,11 +354,14 @@ mod tests {
     fn banned_tokens_are_never_chosen() {
         let mut logits = vec![f32::NEG_INFINITY; 1000];
         logits[700] = -3.0;
-        for options in
-            [SAMPLE, SamplingOptions { top_k: 50, ..SAMPLE }, SamplingOptions { top_p: 0.9, ..SAMPLE }]
-        {
+        let top_k = SamplingOptions { top_k: 50, ..SAMPLE };
+        for options in [SAMPLE, top_k, SamplingOptions { top_p: 0.9, ..SAMPLE }] {
             assert_eq!(counts(options, &logits, 100)[700], 100);
         }
+        // Nor do they count: this nucleus is one of two.
+        logits[800] = -2.0;
+        assert_eq!(counts(SamplingOptions { top_p: 0.7, ..top_k }, &logits, 100)[800], 100);
+        assert_eq!(sample(&mut sampler(top_k, 1000), &mut [f32::NEG_INFINITY; 1000]), 0);
     }
 
     #[test]
@@ -354,8 +370,11 @@ mod tests {
         for n in [1, 5, 100, 3000] {
             // Few distinct values, so that there are ties.
             let logits: Vec<f32> = (0..n).map(|_| (next_random(&mut state) * 50.0).floor()).collect();
-            let mut all: Vec<_> =
-                logits.iter().enumerate().map(|(id, &logit)| Candidate { id: id as u32, logit }).collect();
+            let mut all: Vec<_> = logits
+                .iter()
+                .enumerate()
+                .map(|(id, &logit)| Candidate { id: id as u32, score: logit })
+                .collect();
             all.sort_by(rank);
             for k in [1, 2, 40, 64, 256, 5000] {
                 let mut found = Vec::with_capacity(n);
@@ -386,23 +405,29 @@ mod tests {
     fn a_nucleus_is_the_shortest_beginning_of_all_in_order() {
         let mut state = 5;
         for n in [1, 64, 65, 5000] {
-            let all: Vec<_> = (0..n)
-                .map(|id| Candidate { id, logit: (next_random(&mut state) * 200.0).floor() / 20.0 })
-                .collect();
-            let weight = |c: &Candidate| (c.logit - 10.0).exp();
-            let mut sorted = all.clone();
-            sorted.sort_by(rank);
-            let total: f32 = sorted.iter().map(weight).sum();
-            for p in [0.01, 0.3, 0.9, 0.999] {
-                let mut found = all.clone();
-                keep_nucleus(&mut found, weight, p * total);
-                let (mut len, mut sum) = (0, 0.0);
-                while sum < p * total {
-                    sum += weight(&sorted[len]);
-                    len += 1;
+            // Few distinct values, so that there are ties, and many.
+            for steps in [20.0, 1e9] {
+                let all: Vec<_> = (0..n)
+                    .map(|id| (id, (next_random(&mut state) * steps).floor() / steps))
+                    .map(|(id, x)| Candidate { id, score: (10.0 * x - 10.0).exp() })
+                    .collect();
+                let mut sorted = all.clone();
+                sorted.sort_by(rank);
+                let total: f64 = sorted.iter().map(|c| f64::from(c.score)).sum();
+                for p in [0.01, 0.3, 0.9, 0.999, 1.001] {
+                    let mut found = all.clone();
+                    keep_nucleus(&mut found, p * total);
+                    let mut left = p * total;
+                    let expected = sorted.iter().take_while(|c| {
+                        let more = left > 0.0;
+                        left -= f64::from(c.score);
+                        more
+                    });
+                    let mut expected: Vec<_> = expected.map(|c| c.id).collect();
+                    expected.sort_unstable();
+                    let found: Vec<_> = found.iter().map(|c| c.id).collect();
+                    assert_eq!(found, expected, "n {n} steps {steps} p {p}");
                 }
-                let ids = |c: &[Candidate]| c.iter().map(|c| c.id).collect::<Vec<_>>();
-                assert_eq!(ids(&found), ids(&sorted[..len]), "n {n} p {p}");
             }
         }
     }
