@@ -8,8 +8,9 @@
 
 A round starts, for each program and number of threads, a process from its start to the first token of a prompt of 16
 tokens, and a process that prefills 512 tokens and decodes 64 after 32. Each does every measured thing once before, to
-warm up. RESULTS.csv has a line for every single measurement. Before the first round all model files are read anew into
-the page cache, through mappings that ask for huge pages, and `run` says how much of each sits in such.
+warm up. RESULTS.csv has a line for every single measurement. Before each round all model files are read anew into the
+page cache, through mappings that ask for huge pages, and `run` says how much of each sits in such: what the system drops
+or splits of them in the course of a round would count in the next.
 
 Needs Python 3.9 with venv, a C++ compiler, cargo, and mr-bench and mr-convert in PATH (or in --bin).
 """
@@ -234,16 +235,16 @@ def run(args):
             done = {(r["program"], r["type"], int(r["threads"]), int(r["round"])) for r in csv.DictReader(file)}
     else:
         check_ours(args)
-        for path in [f"{args.dir}/model.mrt", *glob.glob(f"{args.dir}/model-*.gguf"),
-                     *glob.glob(f"{args.dir}/model-*/*.safetensors"), *glob.glob(f"{args.dir}/model-openvino/*model.bin")]:
-            huge, size = read_anew(path)
-            print(f"{os.path.relpath(path, args.dir)}: {huge} of {size} MiB in huge pages", file=sys.stderr)
         with open(args.results, "w", newline="") as file:
             csv.writer(file).writerow(COLUMNS)
     programs = [(OURS, numerics, numerics) for numerics in ("exact", "fast")] + PEERS
     warm = set()
     end = time.monotonic() + args.seconds
+    models = [f"{args.dir}/{name}" for name in ("model.mrt", "model-*.gguf", "model-*/*.safetensors", "model-openvino/*model.bin")]
     for turn in range(1, args.rounds + 1):
+        for path in sorted(path for model in models for path in glob.glob(model)):
+            huge, size = read_anew(path)
+            print(f"{os.path.relpath(path, args.dir)}: {huge} of {size} MiB in huge pages", file=sys.stderr)
         for threads in THREADS:
             for program, dtype, command in programs:
                 if (program, dtype, threads, turn) in done or not re.search(args.only, f"{program} {dtype}"):

@@ -97,9 +97,9 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
-/// The number of cores to compute on: physical ones that this process may use, but those whose capacity is below half of
-/// the largest one's. The logical cores of a physical one share its multipliers, caches and paths to memory; slow cores
-/// make fast ones wait at the end of each job.
+/// The number of cores to compute on: physical ones that this process may use, but neither those whose capacity is below
+/// half of the largest one's nor Intel's efficient cores beside performance cores. The logical cores of a physical one
+/// share its multipliers, caches and paths to memory; slow cores make fast ones wait at the end of each job.
 pub fn performance_cores() -> usize {
     let all = std::thread::available_parallelism().map_or(1, usize::from);
     fast_cores().map_or(all, |fast| fast.clamp(1, all))
@@ -109,7 +109,7 @@ pub fn performance_cores() -> usize {
 fn fast_cores() -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
-    Some(fast_cores_among(&cpu_list(list.trim())?, Path::new("/sys/devices/system/cpu")))
+    Some(fast_cores_among(&cpu_list(list.trim())?, Path::new("/sys/devices")))
 }
 
 /// The numbers of a list in the kernel's manner, such as `0-3,8`.
@@ -123,18 +123,23 @@ fn cpu_list(list: &str) -> Option<Vec<u32>> {
     Some(cpus)
 }
 
-/// The number of physical cores of these logical ones without the slow, by what the kernel states in `folder`.
+/// The number of physical cores of these logical ones without the slow, by what the kernel states in `devices`.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-fn fast_cores_among(cpus: &[u32], folder: &Path) -> usize {
-    let read = |cpu: u32, name: &str| std::fs::read_to_string(folder.join(format!("cpu{cpu}/{name}"))).ok();
-    // Stated only where cores differ.
-    let capacity = |cpu: u32| read(cpu, "cpu_capacity")?.trim().parse::<u64>().ok();
-    let capacities: Vec<u64> = cpus.iter().map(|&cpu| capacity(cpu).unwrap_or(0)).collect();
-    let most = capacities.iter().copied().max().unwrap_or(0);
-    let fast = cpus.iter().zip(capacities).filter(|&(_, capacity)| 2 * capacity >= most);
+fn fast_cores_among(cpus: &[u32], devices: &Path) -> usize {
+    let read = |path: &str| std::fs::read_to_string(devices.join(path)).ok();
+    let of_cpu = |cpu: u32, name: &str| read(&format!("system/cpu/cpu{cpu}/{name}"));
+    // Intel's hybrid processors state no capacities, but which cores the counters of performance cores belong to.
+    let performance = read("cpu_core/cpus").and_then(|list| cpu_list(list.trim())).unwrap_or_default();
+    let speed = |cpu: u32| match of_cpu(cpu, "cpu_capacity").and_then(|text| text.trim().parse::<u64>().ok())
+    {
+        Some(capacity) => capacity,
+        None => u64::from(performance.contains(&cpu)),
+    };
+    let most = cpus.iter().map(|&cpu| speed(cpu)).max().unwrap_or(0);
+    let fast = cpus.iter().filter(|&&cpu| 2 * speed(cpu) >= most);
     // Logical cores of the same physical one have the same siblings.
-    let siblings = |cpu: u32| read(cpu, "topology/thread_siblings_list").unwrap_or_else(|| cpu.to_string());
-    fast.map(|(&cpu, _)| siblings(cpu)).collect::<BTreeSet<_>>().len()
+    let siblings = |cpu: u32| of_cpu(cpu, "topology/thread_siblings_list").unwrap_or_else(|| cpu.to_string());
+    fast.map(|&cpu| siblings(cpu)).collect::<BTreeSet<_>>().len()
 }
 
 /// Of Apple's first performance level; Intel's processors have no levels.
@@ -238,7 +243,7 @@ mod tests {
     fn machine(cores: &[(&str, u64)]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         for (cpu, (siblings, capacity)) in cores.iter().enumerate() {
-            let cpu = folder.path().join(format!("cpu{cpu}"));
+            let cpu = folder.path().join(format!("system/cpu/cpu{cpu}"));
             std::fs::create_dir_all(cpu.join("topology")).unwrap();
             std::fs::write(cpu.join("topology/thread_siblings_list"), format!("{siblings}\n")).unwrap();
             if *capacity > 0 {
@@ -262,6 +267,16 @@ mod tests {
         assert_eq!(fast_cores_among(&[0, 1, 2, 3], machine.path()), 2);
         assert_eq!(fast_cores_among(&[0, 1, 2], machine.path()), 3);
         assert_eq!(fast_cores_among(&[0, 1], machine.path()), 2);
+    }
+
+    #[test]
+    fn efficient_cores_do_not_count_beside_performance_cores() {
+        let machine = machine(&[("0-1", 0), ("0-1", 0), ("2-3", 0), ("2-3", 0), ("4", 0), ("5", 0)]);
+        assert_eq!(fast_cores_among(&[0, 1, 2, 3, 4, 5], machine.path()), 4);
+        std::fs::create_dir(machine.path().join("cpu_core")).unwrap();
+        std::fs::write(machine.path().join("cpu_core/cpus"), "0-3\n").unwrap();
+        assert_eq!(fast_cores_among(&[0, 1, 2, 3, 4, 5], machine.path()), 2);
+        assert_eq!(fast_cores_among(&[4, 5], machine.path()), 2);
     }
 
     #[test]
