@@ -155,6 +155,13 @@ def read_anew(path):
             return int(re.search(r"FilePmdMapped: +(\d+)", entry)[1]) >> 10, size >> 20
 
 
+def read_models_anew(args):
+    for name in ("model.mrt", "model-*.gguf", "model-*/*.safetensors", "model-openvino/*model.bin"):
+        for path in sorted(glob.glob(f"{args.dir}/{name}")):
+            huge, size = read_anew(path)
+            print(f"{os.path.relpath(path, args.dir)}: {huge} of {size} MiB in huge pages", file=sys.stderr)
+
+
 def start(command, **options):
     """Runs a measured program. Its one line of JSON, with the process's peak RSS in MB."""
     # What the process before has freed, a virtual machine may give back to its host, which occupies a core meanwhile.
@@ -240,33 +247,30 @@ def run(args):
     programs = [(OURS, numerics, numerics) for numerics in ("exact", "fast")] + PEERS
     warm = set()
     end = time.monotonic() + args.seconds
-    models = [f"{args.dir}/{name}" for name in ("model.mrt", "model-*.gguf", "model-*/*.safetensors", "model-openvino/*model.bin")]
     for turn in range(1, args.rounds + 1):
-        for path in sorted(path for model in models for path in glob.glob(model)):
-            huge, size = read_anew(path)
-            print(f"{os.path.relpath(path, args.dir)}: {huge} of {size} MiB in huge pages", file=sys.stderr)
-        for threads in THREADS:
-            for program, dtype, command in programs:
-                if (program, dtype, threads, turn) in done or not re.search(args.only, f"{program} {dtype}"):
-                    continue
-                if time.monotonic() > end:
-                    return print("time is over: call again", file=sys.stderr)
-                try:
-                    measure = measure_ours if program == OURS else measure_peer
-                    values = measure(args, command, threads, (program, dtype) in warm)
-                    warm.add((program, dtype))
-                except RuntimeError as error:
-                    print(f"{program} {dtype}, {threads} threads: {error}", file=sys.stderr)
-                    continue
-                date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-                about = {"date": date, **machine(), "program": program, "version": of[program], "type": dtype,
-                         "threads": threads, "round": turn}
-                with open(args.results, "a", newline="") as file:
-                    writer = csv.DictWriter(file, COLUMNS)
-                    for metric, *_ in METRICS:
-                        writer.writerows({**about, "metric": metric, "value": f"{value:.6g}"} for value in values[metric])
-                medians = {metric: round(statistics.median(values[metric]), 3) for metric, *_ in METRICS}
-                print(f"{program} {dtype}, {threads} threads: {medians}", file=sys.stderr)
+        left = [(threads, *program) for threads in THREADS for program in programs
+                if (*program[:2], threads, turn) not in done and re.search(args.only, " ".join(program[:2]))]
+        if left:
+            read_models_anew(args)
+        for threads, program, dtype, command in left:
+            if time.monotonic() > end:
+                return print("time is over: call again", file=sys.stderr)
+            try:
+                measure = measure_ours if program == OURS else measure_peer
+                values = measure(args, command, threads, (program, dtype) in warm)
+                warm.add((program, dtype))
+            except RuntimeError as error:
+                print(f"{program} {dtype}, {threads} threads: {error}", file=sys.stderr)
+                continue
+            date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+            about = {"date": date, **machine(), "program": program, "version": of[program], "type": dtype,
+                     "threads": threads, "round": turn}
+            with open(args.results, "a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                for metric, *_ in METRICS:
+                    writer.writerows({**about, "metric": metric, "value": f"{value:.6g}"} for value in values[metric])
+            medians = {metric: round(statistics.median(values[metric]), 3) for metric, *_ in METRICS}
+            print(f"{program} {dtype}, {threads} threads: {medians}", file=sys.stderr)
 
 
 def table(args):

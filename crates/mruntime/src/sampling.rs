@@ -142,21 +142,21 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
     let Sampler { candidates, weights, isa, .. } = sampler;
     let per_temperature = 1.0 / options.temperature;
     let top_k = options.top_k as usize;
-    let total;
-    if (1..logits.len()).contains(&top_k) {
+    let total = if (1..logits.len()).contains(&top_k) {
         largest(logits, top_k, candidates);
         let weights = &mut weights[..candidates.len()];
         for (weight, c) in weights.iter_mut().zip(candidates.iter()) {
             *weight = c.score * per_temperature;
         }
-        total = mrt_kernels::softmax(*isa, weights);
+        let total = mrt_kernels::softmax(*isa, weights);
         for (weight, c) in weights.iter().zip(candidates.iter_mut()) {
             c.score = *weight;
         }
         candidates.retain(|c| c.score >= options.min_p);
+        total
     } else {
         mrt_kernels::scale(*isa, logits, per_temperature, weights);
-        total = mrt_kernels::softmax(*isa, weights);
+        let total = mrt_kernels::softmax(*isa, weights);
         // All below the floor together are less than what a nucleus leaves out.
         let floor = (1.0 - options.top_p) * total / logits.len() as f32;
         candidates.clear();
@@ -164,7 +164,8 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
             candidates.push(Candidate { id: id as u32, score });
             floor
         });
-    }
+        total
+    };
     if options.top_p < 1.0 {
         keep_nucleus(candidates, f64::from(options.top_p) * f64::from(total));
     }
@@ -175,6 +176,7 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
         left -= f64::from(c.score);
         left < 0.0
     });
+    // None if no logit is finite.
     chosen.map_or_else(|| argmax(logits), |c| c.id)
 }
 
