@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 
-use mr_convert::{Converted, Target};
+use mr_convert::{Converted, NewFile, sources};
 use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
 use mruntime::{
     Arena, GenerateOptions, Isa, KvCache, Limits, Model, OpenOptions, Pool, Qwen2Config, Qwen2Weights,
@@ -129,9 +129,10 @@ pub fn smollm2_file() -> (tempfile::TempDir, PathBuf) {
 
 /// `mr-convert`, with that many threads.
 fn convert(model: &Qwen2Dir, path: &Path, threads: usize) -> Converted {
-    let target = Target::create(path, model).unwrap();
-    mr_convert::convert(model, target, None, &mut Pool::new(threads).unwrap(), &AtomicBool::new(false))
-        .unwrap()
+    let (target, mut pool) = (NewFile::create(path, sources(model)).unwrap(), Pool::new(threads).unwrap());
+    let converted = mr_convert::convert(model, &target, None, &mut pool, &AtomicBool::new(false)).unwrap();
+    target.commit().unwrap();
+    converted
 }
 
 /// How a text is run through a model. None of it may change a bit of the logits.

@@ -32,13 +32,9 @@ impl Sha256 {
     }
 }
 
-/// SHA-256 of the concatenation of `parts`.
-pub(crate) fn sha256_of_parts(parts: &[&[u8]]) -> Digest {
-    let mut hasher = sha2::Sha256::new();
-    for part in parts {
-        hasher.update(part);
-    }
-    Digest(hasher.finalize().into())
+/// Names the weights of a file, whatever else it holds: SHA-256 of the digests of the arena's chunks.
+pub fn arena_digest(chunks: &[Digest]) -> Digest {
+    sha256(chunks.as_bytes())
 }
 
 impl fmt::Display for Digest {
@@ -85,7 +81,11 @@ mod tests {
         // The one-block example of FIPS 180-4.
         let text = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
         assert_eq!(sha256(b"abc").to_string(), text);
-        assert_eq!(sha256_of_parts(&[b"a", b"", b"bc"]), sha256(b"abc"));
+        let mut hasher = Sha256::default();
+        for part in [&b"a"[..], b"", b"bc"] {
+            hasher.update(part);
+        }
+        assert_eq!(hasher.finish(), sha256(b"abc"));
         assert_eq!(text.parse(), Ok(sha256(b"abc")));
         assert_eq!(text.to_uppercase().parse(), Ok(sha256(b"abc")));
     }

@@ -23,7 +23,7 @@ mod tokenizer_build;
 mod unpack;
 
 pub use config::{ARCHITECTURE_QWEN2, ConfigError, Qwen2Config};
-pub use digest::{Digest, ParseDigestError, Sha256, sha256};
+pub use digest::{Digest, ParseDigestError, Sha256, arena_digest, sha256};
 pub use error::FormatError;
 pub use fingerprint::{LAYOUT_FINGERPRINT, layout_fingerprint};
 pub use header::{
@@ -39,7 +39,7 @@ pub use plan::{FilePlan, NewSection, plan_file};
 pub use prologue::{Prologue, Section, prologue_bytes};
 pub use section::{
     CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, GenerationDefaults, MAX_STOP_TOKENS, ORIGIN, ReportEntry,
-    TENSOR_TABLE, TOKEN_NAMES, report_from_bytes, report_to_bytes, tensor_table,
+    TENSOR_TABLE, TOKEN_NAMES, report_file_name, report_from_bytes, report_to_bytes, tensor_table,
 };
 pub use source::{SourceTensor, qwen2_source_count, qwen2_source_tensors};
 pub use tokenizer::{

@@ -3,7 +3,7 @@
 use zerocopy::FromBytes;
 
 use crate::config::{ARCHITECTURE_QWEN2, Qwen2Config};
-use crate::digest::{Digest, sha256, sha256_of_parts};
+use crate::digest::{Digest, Sha256, arena_digest, sha256};
 use crate::error::FormatError;
 use crate::fingerprint::LAYOUT_FINGERPRINT;
 use crate::header::{
@@ -261,6 +261,11 @@ impl Prologue {
         &self.chunks[i]
     }
 
+    /// Names the weights: [`arena_digest`].
+    pub fn arena_digest(&self) -> Digest {
+        arena_digest(&self.chunks)
+    }
+
     /// The parts of the file that must be zeros, as offset and length: before each section and before the
     /// arena. No digest covers them.
     pub fn padding(&self) -> impl Iterator<Item = (u64, u64)> {
@@ -320,7 +325,11 @@ impl Prologue {
 /// SHA-256 of a prologue, its own place taken as zeros.
 pub(crate) fn root_digest(prologue: &[u8]) -> Digest {
     let (before, rest) = prologue.split_at(ROOT_DIGEST_OFFSET);
-    sha256_of_parts(&[before, &[0; size_of::<Digest>()], &rest[size_of::<Digest>()..]])
+    let mut hasher = Sha256::default();
+    for part in [before, &[0; size_of::<Digest>()], &rest[size_of::<Digest>()..]] {
+        hasher.update(part);
+    }
+    hasher.finish()
 }
 
 /// Step 14: all that version 1.0 does not define is zero.

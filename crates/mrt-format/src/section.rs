@@ -4,6 +4,7 @@ use zerocopy::little_endian::{F32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::config::Qwen2Config;
+use crate::digest::Digest;
 use crate::error::FormatError;
 use crate::layout::{TensorEntry, qwen2_weights_layout};
 use crate::pack::{Counts, SourceDtype};
@@ -128,6 +129,12 @@ pub fn report_to_bytes(report: &[ReportEntry]) -> Vec<u8> {
         flushed: entry.counts.flushed.into(),
     };
     report.iter().map(record).collect::<Vec<_>>().as_bytes().to_vec()
+}
+
+/// The file beside unpacked weights that holds the report of their conversion, by the name of the weights
+/// ([`arena_digest`](crate::arena_digest)): that of other weights is not taken for it.
+pub fn report_file_name(arena: &Digest) -> String {
+    format!("{CONVERSION_REPORT}-{arena}")
 }
 
 /// Reads a conversion report.

@@ -74,6 +74,13 @@ impl Qwen2Dir {
         Ok(Qwen2Dir { path: dir.into(), config, generation, files, licence, weights })
     }
 
+    /// Every file that is read, or would be if it were there.
+    pub fn paths(&self) -> impl Iterator<Item = PathBuf> {
+        let names = self.files.iter().map(|file| file.name.as_str());
+        let names = names.chain([checkpoint::INDEX_FILE, side_files::README]);
+        self.weights.files().map(Path::to_owned).chain(names.map(|name| self.path.join(name)))
+    }
+
     /// The bytes of the side file `name`, if the directory has it.
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         self.files.iter().find(|f| f.name == name).map(|f| f.bytes.as_slice())

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use mr_cli::{NumericsArg, Result};
+use mr_cli::{FileError, NumericsArg, Result};
 use mruntime::{Isa, Model, Numerics, OpenOptions, Pool, Qwen2Config};
 use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
@@ -97,6 +97,10 @@ pub fn run(args: ColdArgs) -> Result<()> {
     let numerics = args.numerics.get(Isa::detect())?;
     let bench = Bench { threads, prefault: args.prefault, numerics, repetitions: args.repetitions };
     let name = args.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let context = cold_child::context(model.config());
+    if let Some(tokens) = args.prompt.iter().find(|&&tokens| tokens > context) {
+        return Err(format!("-p {tokens}: the context that is measured with has {context} tokens").into());
+    }
     let needed = model.prologue().layout().layer0.attn_norm.offset + model.prologue().arena_offset();
 
     let mut measurements = Vec::new();
@@ -157,11 +161,14 @@ impl Bench {
             repetitions: 3,
         };
         let mut command = Command::new(program);
-        command.arg(cold_child::ARGUMENT).stdin(Stdio::null()).stderr(Stdio::inherit());
+        command.arg(cold_child::ARGUMENT).stdin(Stdio::null());
         task.start = cold_child::now();
-        let output = command.arg(serde_json::to_string(&task)?).output()?;
+        let task = serde_json::to_string(&task).map_err(|e| FileError::new(model, e))?;
+        let output = command.arg(task).output().map_err(|e| format!("the measured process: {e}"))?;
         if !output.status.success() {
-            return Err(format!("the measured process ended with {}", output.status).into());
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = said.trim().trim_start_matches("error: ");
+            return Err(format!("the measured process ended with {}: {said}", output.status).into());
         }
         Ok(serde_json::from_slice(&output.stdout)?)
     }

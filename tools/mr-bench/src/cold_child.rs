@@ -1,6 +1,7 @@
 //! The process that `mr-bench cold` measures: it does what an app does from its start to its first token, and says when
 //! it did what.
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -8,8 +9,8 @@ use std::time::Duration;
 
 use mr_cli::{ModelSource, Pages, Result};
 use mruntime::{
-    GenerateOptions, Isa, Limits, Numerics, OpenOptions, Pool, Prefault, Sampler, SamplingOptions, Session,
-    create_qwen2_arenas, qwen2_init_kv_cache, qwen2_init_scratch, session_generate,
+    GenerateOptions, Isa, Limits, Numerics, OpenOptions, Pool, Prefault, Qwen2Config, Sampler,
+    SamplingOptions, Session, create_qwen2_arenas, qwen2_init_kv_cache, qwen2_init_scratch, session_generate,
 };
 use mruntime_text::SpecialTokens;
 use rustix::time::{ClockId, clock_gettime};
@@ -97,10 +98,15 @@ pub fn parse_prefault(name: &str) -> std::result::Result<Prefault, String> {
     }
 }
 
+/// The longest prompt, in tokens.
+pub fn context(cfg: &Qwen2Config) -> usize {
+    CONTEXT.min(cfg.max_position_embeddings as usize)
+}
+
 /// Does the task and writes a [`Run`] to standard output.
-pub fn run(task: &str) -> Result<()> {
+pub fn run(task: &OsStr) -> Result<()> {
     let mut last = now();
-    let task: Task = serde_json::from_str(task)?;
+    let task: Task = serde_json::from_slice(task.as_encoded_bytes())?;
     let mut stages = Stages { exec_and_link: millis(last - task.start), ..Stages::default() };
     // Milliseconds since the last call.
     let mut lap = || {
@@ -121,8 +127,7 @@ pub fn run(task: &str) -> Result<()> {
     stages.tokenizer = lap();
 
     let (cfg, isa) = (*model.config(), Isa::detect());
-    let context = CONTEXT.min(cfg.max_position_embeddings as usize);
-    let limits = Limits { context, batch: BATCH, threads: pool.threads() };
+    let limits = Limits { context: context(&cfg), batch: BATCH, threads: pool.threads() };
     let mut arenas = create_qwen2_arenas(&cfg, &limits)?;
     let kv = qwen2_init_kv_cache(&cfg, limits.context, &mut arenas.kv_cache.bump())?;
     let mut scratch = qwen2_init_scratch(&cfg, &limits, isa, &mut arenas.scratch.bump())?;

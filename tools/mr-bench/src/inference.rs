@@ -96,6 +96,17 @@ impl<'a> Inference<'a> {
     }
 }
 
+/// Room for `rows` rows of logits.
+pub fn logits_rows(rows: usize, cfg: &Qwen2Config) -> Result<Vec<f32>> {
+    let len = rows.saturating_mul(cfg.vocab_size as usize);
+    let mut logits = Vec::new();
+    logits.try_reserve_exact(len).map_err(|_| {
+        format!("no memory for the logits of {rows} tokens at a time; take a smaller --batch")
+    })?;
+    logits.resize(len, 0.0);
+    Ok(logits)
+}
+
 /// Reads a JSON array of token ids, at least one, all within a vocabulary of `vocab`.
 pub fn read_tokens(path: &Path, vocab: u32) -> Result<Vec<u32>> {
     let shown = path.display();

@@ -2,15 +2,15 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use clap::Args;
-use mr_cli::{ModelSource, Result};
+use mr_cli::{INTERRUPTED, ModelSource, NewFile, Result};
 use mruntime::{Limits, OpenOptions, Pool, create_qwen2_arenas};
 use serde_json::json;
 
-use crate::inference::{Inference, RunArgs, read_tokens};
+use crate::inference::{Inference, RunArgs, logits_rows, read_tokens};
 use crate::machine::Origin;
-use crate::output::write_whole;
 
 /// Write the logits of given token ids: raw little-endian f32, vocab_size of them for each position
 #[derive(Args)]
@@ -42,6 +42,8 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     let model = args.model.open(&OpenOptions::default(), &mut pool)?;
     let cfg = model.config();
     let tokens = read_tokens(&args.tokens, cfg.vocab_size)?;
+    let out = NewFile::create(&args.out, model.paths().iter().chain([&args.tokens]))?;
+    let interrupted = mr_cli::interrupted()?;
     let limits =
         Limits { context: tokens.len(), batch: args.batch.min(tokens.len()), threads: pool.threads() };
     let (isa, numerics) = (args.run.isa.get(), args.run.isa.numerics()?);
@@ -49,11 +51,14 @@ pub fn run(args: LogitsArgs) -> Result<()> {
     let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, &args.run.isa)?;
 
     let vocab = cfg.vocab_size as usize;
-    write_whole(&args.out, |out| {
-        let mut logits = vec![0.0; vocab * if args.all { limits.batch } else { 1 }];
+    let mut logits = logits_rows(if args.all { limits.batch } else { 1 }, cfg)?;
+    out.write(|out| {
         for batch in tokens.chunks(limits.batch) {
             let logits = &mut logits[..vocab * if args.all { batch.len() } else { 1 }];
             inference.forward(batch, logits, &mut pool)?;
+            if interrupted.load(Ordering::Relaxed) {
+                return Err(INTERRUPTED.into());
+            }
             if args.all || inference.kv.len() == tokens.len() {
                 for logit in logits {
                     out.write_all(&logit.to_le_bytes())?;
@@ -62,6 +67,7 @@ pub fn run(args: LogitsArgs) -> Result<()> {
         }
         Ok(())
     })?;
+    out.commit()?;
 
     let origin = Origin::now();
     let positions = if args.all { tokens.len() } else { 1 };

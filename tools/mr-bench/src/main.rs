@@ -9,7 +9,6 @@ mod cold_child;
 mod inference;
 mod logits;
 mod machine;
-mod output;
 mod perplexity;
 mod profile;
 mod quality;
@@ -46,8 +45,8 @@ enum Command {
 fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     {
-        let mut args = std::env::args().skip(1);
-        if args.next().as_deref() == Some(cold_child::ARGUMENT) {
+        let mut args = std::env::args_os().skip(1);
+        if args.next().is_some_and(|arg| arg == cold_child::ARGUMENT) {
             return mr_cli::exit_code(cold_child::run(&args.next().unwrap_or_default()));
         }
     }

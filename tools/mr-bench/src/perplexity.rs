@@ -10,7 +10,7 @@ use mruntime::{Chunks, Limits, OpenOptions, Pool, Qwen2Config, create_qwen2_aren
 use mruntime_text::SpecialTokens;
 use serde_json::json;
 
-use crate::inference::{Inference, RunArgs, read_tokens};
+use crate::inference::{Inference, RunArgs, logits_rows, read_tokens};
 use crate::machine::Origin;
 
 /// Windows are not longer than this by default: their KV cache should fit any machine.
@@ -81,7 +81,7 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     let mut inference = Inference::new(cfg, model.weights(), &mut arenas, &limits, &args.run.isa)?;
 
     let vocab = cfg.vocab_size as usize;
-    let mut logits = vec![0.0; limits.batch * vocab];
+    let mut logits = logits_rows(limits.batch, cfg)?;
     let mut losses = vec![0.0; limits.batch];
     let (mut sum, mut predictions) = (0.0, 0);
     let bar = progress_bar(tokens.len() as u64);

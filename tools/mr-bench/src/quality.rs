@@ -6,7 +6,7 @@ use mr_cli::Result;
 use mruntime::{Chunks, Limits, Numerics, OpenOptions, Pool, argmax, create_qwen2_arenas};
 use serde::Serialize;
 
-use crate::inference::Inference;
+use crate::inference::{Inference, logits_rows};
 use crate::machine::Origin;
 use crate::perplexity::{PerplexityArgs, negative_log_likelihood, progress_bar};
 
@@ -59,8 +59,8 @@ pub fn run(args: PerplexityArgs) -> Result<()> {
     fast.set_numerics(numerics);
 
     let vocab = cfg.vocab_size as usize;
-    let mut exact_logits = vec![0.0; limits.batch * vocab];
-    let mut fast_logits = exact_logits.clone();
+    let (mut exact_logits, mut fast_logits) =
+        (logits_rows(limits.batch, cfg)?, logits_rows(limits.batch, cfg)?);
     let mut predictions = vec![Prediction::default(); limits.batch];
     let (mut sum, mut kl_max, mut same, mut count) = (Prediction::default(), 0.0f64, 0, 0);
     let bar = progress_bar(tokens.len() as u64);

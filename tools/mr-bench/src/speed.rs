@@ -1,18 +1,17 @@
 //! `mr-bench speed`: tokens a second, beside what this machine's memory and multipliers allow.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use mr_cli::{ModelSource, Pages, Result};
+use mr_cli::{ModelSource, NewFile, Pages, Result};
 use mruntime::{Backing, Limits, OpenOptions, Pool, create_qwen2_arenas};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::inference::{Inference, IsaArg};
 use crate::machine::Origin;
-use crate::output::write_whole;
 use crate::profile::{self, Operation, Recorder};
 use crate::roofline::{self, Meter, Roofline};
 use crate::work::{decode_bytes, prefill_flops};
@@ -133,6 +132,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     let mut pool = Pool::new(most_threads)?;
     let backing = args.backing.unwrap_or_default();
     let model = args.model.open(&OpenOptions { backing, ..OpenOptions::default() }, &mut pool)?;
+    let trace = args.trace.as_ref().map(|path| NewFile::create(path, model.paths())).transpose()?;
     let cfg = model.config();
     let (isa, numerics) = (args.isa.get(), args.isa.numerics()?);
 
@@ -205,7 +205,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                     let spans = record(args.repetitions)?.spans;
                     test.profile = profile::operations(&spans, cfg, bounds.as_ref());
                 }
-                if args.trace.is_some() {
+                if trace.is_some() {
                     let name = format!("{}, {threads} threads", test.test);
                     events.extend(profile::trace_events(&name, tests.len(), &record(1)?.spans));
                 }
@@ -214,9 +214,6 @@ pub fn run(args: SpeedArgs) -> Result<()> {
         }
     }
 
-    if let Some(path) = &args.trace {
-        write_trace(path, events)?;
-    }
     let report = Report {
         origin,
         model: model.name(),
@@ -236,6 +233,12 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     } else {
         write_table(&report, &mut out)?;
     }
+    if let Some(trace) = trace {
+        // Chrome's trace format: an object with the events.
+        let events = json!({ "traceEvents": events, "displayTimeUnit": "ms" });
+        trace.write(|out| Ok(write!(out, "{events}")?))?;
+        trace.commit()?;
+    }
     Ok(())
 }
 
@@ -245,12 +248,6 @@ fn parse_backing(name: &str) -> std::result::Result<Backing, &'static str> {
         "read" => Ok(Backing::Read),
         _ => Err("map the file or read it into memory"),
     }
-}
-
-/// Chrome's trace format: an object with the events.
-fn write_trace(path: &Path, events: Vec<Value>) -> Result<()> {
-    let text = json!({ "traceEvents": events, "displayTimeUnit": "ms" }).to_string();
-    write_whole(path, |out| Ok(out.write_all(text.as_bytes())?))
 }
 
 impl Kind {

@@ -1,11 +1,14 @@
 //! The command line of a tool, and what shells and `man` know of it.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::Path;
-use std::process::exit;
+use std::process::{ExitCode, exit};
 
 use clap::{Parser, ValueEnum};
 use clap_complete::Shell;
+
+use crate::{FileError, Result, exit_code, say};
 
 const HELP: &str = "Two calls more: `--completions SHELL` prints the completions for bash, zsh, fish, elvish or powershell, \
                     `--man-pages DIR` writes the man pages.";
@@ -16,31 +19,29 @@ pub fn parse<T: Parser>() -> T {
     let command = || T::command().after_help(HELP);
     let args: Vec<OsString> = std::env::args_os().collect();
     match args.get(1).and_then(|arg| arg.to_str()) {
-        Some("--completions") if args.len() == 3 => completions(command(), &args[2]),
-        Some("--man-pages") if args.len() == 3 => man_pages(command(), Path::new(&args[2])),
+        Some("--completions") if args.len() == 3 => end(completions(command(), &args[2])),
+        Some("--man-pages") if args.len() == 3 => end(man_pages(command(), Path::new(&args[2]))),
         _ => {}
     }
     T::from_arg_matches(&command().get_matches()).unwrap_or_else(|e| e.exit())
 }
 
-fn completions(mut command: clap::Command, shell: &OsString) -> ! {
+/// Ends the process.
+fn end(result: Result<()>) -> ! {
+    exit(i32::from(exit_code(result) != ExitCode::SUCCESS))
+}
+
+fn completions(mut command: clap::Command, shell: &OsString) -> Result<()> {
     let Ok(shell) = Shell::from_str(&shell.to_string_lossy(), true) else {
-        eprintln!("error: completions are for bash, zsh, fish, elvish or powershell");
+        say("error: completions are for bash, zsh, fish, elvish or powershell");
         exit(2)
     };
     let name = command.get_name().to_owned();
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut command, name, &mut text);
-    print!("{}", String::from_utf8_lossy(&text));
-    exit(0)
+    Ok(std::io::stdout().write_all(&text)?)
 }
 
-fn man_pages(command: clap::Command, dir: &Path) -> ! {
-    match clap_mangen::generate_to(command, dir) {
-        Ok(()) => exit(0),
-        Err(e) => {
-            eprintln!("error: {}: {e}", dir.display());
-            exit(1)
-        }
-    }
+fn man_pages(command: clap::Command, dir: &Path) -> Result<()> {
+    Ok(clap_mangen::generate_to(command, dir).map_err(|e| FileError::new(dir, e))?)
 }

@@ -3,16 +3,25 @@
 #![forbid(unsafe_code)]
 
 mod cli;
+mod file_error;
 mod model;
+mod new_file;
 mod numerics;
 mod pages;
 
 use std::error::Error;
-use std::io;
+use std::fmt::Display;
+use std::io::{self, StdoutLock, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use signal_hook::consts;
 
 pub use cli::parse;
+pub use file_error::FileError;
 pub use model::{LoadedModel, ModelSource, TemplateSource};
+pub use new_file::NewFile;
 pub use numerics::NumericsArg;
 pub use pages::Pages;
 
@@ -25,8 +34,69 @@ pub fn exit_code(result: Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&*error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // What has no name of its own is what the program prints on.
+            let what = if error.is::<io::Error>() { "standard output: " } else { "" };
+            say(format_args!("error: {what}{error}"));
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a program says that was interrupted while it made a new file.
+pub const INTERRUPTED: &str = "interrupted; nothing was written";
+
+/// Becomes true when the user interrupts the program (Ctrl-C) or the system asks it to end, which does not happen by itself
+/// any more.
+///
+/// # Errors
+/// When the system does not let signals be handled.
+pub fn interrupted() -> Result<Arc<AtomicBool>> {
+    #[cfg(unix)]
+    const SIGNALS: [i32; 3] = [consts::SIGINT, consts::SIGTERM, consts::SIGHUP];
+    #[cfg(not(unix))]
+    const SIGNALS: [i32; 2] = [consts::SIGINT, consts::SIGTERM];
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in SIGNALS {
+        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+            .map_err(|e| format!("cannot handle signals: {e}"))?;
+    }
+    Ok(interrupted)
+}
+
+/// Writes a line to stderr; where that is not possible, nobody is there to be told.
+pub fn say(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Standard output of a program whose exit code is its answer: when a reader goes away (`| head`), the rest is dropped, and
+/// the work goes on.
+pub struct Verdict(StdoutLock<'static>);
+
+impl Verdict {
+    /// Locks standard output.
+    pub fn new() -> Verdict {
+        Verdict(io::stdout().lock())
+    }
+}
+
+impl Default for Verdict {
+    fn default() -> Verdict {
+        Verdict::new()
+    }
+}
+
+impl Write for Verdict {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(bytes.len()),
+            result => result,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self.0.flush() {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result,
         }
     }
 }

@@ -98,6 +98,14 @@ impl LoadedModel {
         name.unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned()
     }
 
+    /// The files that it is read from, which no output may replace.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        match &self.weights {
+            Weights::File(_) => vec![self.path.clone()],
+            Weights::Dir { dir, .. } => dir.paths().collect(),
+        }
+    }
+
     /// The model's shape and constants.
     pub fn config(&self) -> &Qwen2Config {
         match &self.weights {

@@ -5,17 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use mr_cli::NewFile;
 use mrt_format::{
-    CHUNK_BYTES, Counts, Digest, FilePlan, PackScratch, ReportEntry, TensorSource, pack_arena_range,
-    plan_file, qwen2_source_count, report_to_bytes, sha256,
+    CHUNK_BYTES, Counts, Digest, FilePlan, PackScratch, ReportEntry, Sha256, TensorSource, arena_digest,
+    pack_arena_range, plan_file, qwen2_source_count, report_to_bytes, sha256,
 };
 use mruntime::hf::{FirstError, HfError, Qwen2Dir};
 use mruntime::{Chunks, PerWorker, Pool};
-use sha2::{Digest as _, Sha256};
 
 use crate::ConvertError;
-use crate::sections::{Sections, TokenizerKind, unpacked_report};
-use crate::target::Target;
+use crate::sections::{Sections, TokenizerKind, first_report};
 
 /// A finished conversion.
 #[derive(Debug)]
@@ -34,15 +33,16 @@ pub struct Converted {
     pub tokenizer: TokenizerKind,
 }
 
-/// Writes `model` to `target`, with a line on its `origin`. Setting `interrupted` stops the work between two chunks.
+/// Writes `model` to `target`, which has still to be given its name, with a line on its `origin`. Setting `interrupted`
+/// stops the work between two chunks.
 ///
 /// Memory: 5 MB a thread and the sections (tokenizer and the like), whatever the size of the weights.
 ///
 /// # Errors
-/// Whatever stops the conversion; the target is as it was before.
+/// Whatever stops the conversion.
 pub fn convert(
     model: &Qwen2Dir,
-    target: Target,
+    target: &NewFile,
     origin: Option<&str>,
     pool: &mut Pool,
     interrupted: &AtomicBool,
@@ -50,15 +50,14 @@ pub fn convert(
     let no_counts = vec![Counts::default(); qwen2_source_count(&model.config)];
     let report_bytes = report_to_bytes(&report(model, &no_counts)).len();
     let mut sections = Sections::collect(model, origin, report_bytes)?;
-    let unpacked_report = unpacked_report(model)?;
     let plan = plan_file(&model.config, &sections.planned())?;
     let file_bytes = plan.prologue().file_bytes();
-    reserve(&target, file_bytes)?;
+    reserve(target, file_bytes)?;
 
-    let (chunks, counts) = write_arena(model, &plan, &target, pool, interrupted)?;
+    let (chunks, counts) = write_arena(model, &plan, target, pool, interrupted)?;
     model.weights.check_unchanged()?;
 
-    let report = unpacked_report.unwrap_or_else(|| report(model, &counts));
+    let report = first_report(model, &arena_digest(&chunks))?.unwrap_or_else(|| report(model, &counts));
     sections.set_report(report_to_bytes(&report));
     let (head, root) = plan.head(&sections.contents(), &chunks);
     target.file().write_all_at(&head, 0).map_err(|e| target.error(e))?;
@@ -67,12 +66,11 @@ pub fn convert(
     // Syncing waits for the disk and hashing for the processor, so that both take the time of one.
     let (synced, sha256) = thread::scope(|scope| {
         let synced = scope.spawn(|| target.file().sync_all());
-        let sha256 = hash_file(&target, file_bytes, interrupted);
+        let sha256 = hash_file(target, file_bytes, interrupted);
         (synced.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), sha256)
     });
     synced.map_err(|e| target.error(e))?;
     let sha256 = sha256?;
-    target.commit()?;
     let arena_bytes = plan.prologue().layout().arena_bytes;
     Ok(Converted { file_bytes, arena_bytes, root, sha256, report, tokenizer: sections.tokenizer })
 }
@@ -84,7 +82,7 @@ fn report(model: &Qwen2Dir, counts: &[Counts]) -> Vec<ReportEntry> {
 }
 
 /// Reserves the whole file, so that a disk without room for it is noticed before the work.
-fn reserve(target: &Target, bytes: u64) -> Result<(), ConvertError> {
+fn reserve(target: &NewFile, bytes: u64) -> Result<(), ConvertError> {
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{FallocateFlags, fallocate};
@@ -92,10 +90,10 @@ fn reserve(target: &Target, bytes: u64) -> Result<(), ConvertError> {
             Ok(()) => return Ok(()),
             // File systems that cannot reserve find out while writing.
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
-            Err(e) => return Err(target.no_room(bytes, e.into())),
+            Err(e) => return Err(target.no_room(bytes, e.into()).into()),
         }
     }
-    target.file().set_len(bytes).map_err(|e| target.no_room(bytes, e))
+    Ok(target.file().set_len(bytes).map_err(|e| target.no_room(bytes, e))?)
 }
 
 /// What a worker keeps from chunk to chunk.
@@ -110,7 +108,7 @@ struct Worker {
 fn write_arena(
     model: &Qwen2Dir,
     plan: &FilePlan,
-    target: &Target,
+    target: &NewFile,
     pool: &mut Pool,
     interrupted: &AtomicBool,
 ) -> Result<(Vec<Digest>, Vec<Counts>), ConvertError> {
@@ -162,9 +160,9 @@ fn write_arena(
 const PIECE: usize = 256 << 10;
 
 /// SHA-256 of the whole file, read back from the page cache.
-fn hash_file(target: &Target, bytes: u64, interrupted: &AtomicBool) -> Result<Digest, ConvertError> {
+fn hash_file(target: &NewFile, bytes: u64, interrupted: &AtomicBool) -> Result<Digest, ConvertError> {
     let bar = progress_bar("hashing", bytes);
-    let mut hasher = Sha256::new();
+    let mut hasher = Sha256::default();
     let mut buffer = vec![0; PIECE];
     for offset in (0..bytes).step_by(buffer.len()) {
         if interrupted.load(Ordering::Relaxed) {
@@ -172,11 +170,11 @@ fn hash_file(target: &Target, bytes: u64, interrupted: &AtomicBool) -> Result<Di
         }
         let part = &mut buffer[..(bytes - offset).min(PIECE as u64) as usize];
         target.file().read_exact_at(part, offset).map_err(|e| target.error(e))?;
-        hasher.update(&*part);
+        hasher.update(part);
         bar.inc(part.len() as u64);
     }
     bar.finish_and_clear();
-    Ok(Digest(hasher.finalize().into()))
+    Ok(hasher.finish())
 }
 
 /// A progress bar on standard error; indicatif shows none where that is no terminal.

@@ -1,8 +1,8 @@
 //! What can stop a conversion, each in one line.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use mr_cli::{FileError, INTERRUPTED};
 use mrt_format::FormatError;
 use mruntime::hf::HfError;
 use mruntime_text::TextError;
@@ -28,23 +28,9 @@ pub enum ConvertError {
     #[error(transparent)]
     Runtime(#[from] mruntime::Error),
     /// A file to be written cannot be written.
-    #[error("{}: {problem}", path.display())]
-    Target {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        problem: String,
-    },
-    /// The system does not let signals be handled.
-    #[error("cannot handle signals: {0}")]
-    Signals(io::Error),
+    #[error(transparent)]
+    Target(#[from] FileError),
     /// The user has interrupted the conversion.
-    #[error("interrupted; nothing was written")]
+    #[error("{INTERRUPTED}")]
     Interrupted,
-}
-
-impl ConvertError {
-    pub(crate) fn target(path: &Path, problem: String) -> Self {
-        ConvertError::Target { path: path.into(), problem }
-    }
 }

@@ -8,10 +8,9 @@ mod convert;
 mod error;
 mod report;
 mod sections;
-mod target;
 
 pub use convert::{Converted, convert};
 pub use error::ConvertError;
+pub use mr_cli::NewFile;
 pub use report::{to_json, write_summary};
-pub use sections::TokenizerKind;
-pub use target::Target;
+pub use sections::{TokenizerKind, sources};

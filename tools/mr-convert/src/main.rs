@@ -5,15 +5,12 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
-use mr_cli::{all_cores, exit_code, parse_threads};
-use mr_convert::{ConvertError, Target, convert, to_json, write_summary};
+use mr_cli::{all_cores, exit_code, parse_threads, say};
+use mr_convert::{NewFile, convert, sources, to_json, write_summary};
 use mruntime::Pool;
 use mruntime::hf::Qwen2Dir;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 /// Packing runs at the speed of memory long before this many threads, and each one holds 5 MB.
 const MOST_DEFAULT_THREADS: usize = 16;
@@ -36,7 +33,8 @@ struct Cli {
     /// Also write the conversion report of every tensor to this file
     #[arg(long, value_name = "FILE.json")]
     report: Option<PathBuf>,
-    /// A line on where the model is from, kept in the file (a URL and a revision, for example)
+    /// A line on where the model is from, kept in the file (a URL and a revision, for example) [default: what a file
+    /// `origin` in MODEL_DIR says]
     #[arg(long, value_name = "TEXT")]
     origin: Option<String>,
     /// Print the conversion report as one JSON object
@@ -49,27 +47,26 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> mr_cli::Result<()> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted)).map_err(ConvertError::Signals)?;
-    }
+    let interrupted = mr_cli::interrupted()?;
     let mut pool = Pool::new(cli.threads.unwrap_or(all_cores().min(MOST_DEFAULT_THREADS)))?;
     let model = Qwen2Dir::open(&cli.model_dir)?;
     if model.file("tokenizer.json").is_none() {
-        eprintln!("note: there is no tokenizer.json; the file will take token ids, not text");
+        say("note: there is no tokenizer.json; the file will take token ids, not text");
     }
     // Both files are begun before the work, so that a directory that cannot be written to is noticed at once.
-    let target = Target::create(&cli.out, &model)?;
-    let report = cli.report.as_deref().map(|path| Target::create(path, &model)).transpose()?;
+    let target = NewFile::create(&cli.out, sources(&model))?;
+    let report = cli.report.as_deref().map(|path| NewFile::create(path, sources(&model))).transpose()?;
     if report.as_ref().is_some_and(|report| report.path() == target.path()) {
         return Err("--report names the file to be converted to; give the report another name".into());
     }
 
-    let converted = convert(&model, target, cli.origin.as_deref(), &mut pool, &interrupted)?;
+    let converted = convert(&model, &target, cli.origin.as_deref(), &mut pool, &interrupted)?;
     let json = to_json(&model.config, &converted);
     if let Some(report) = report {
-        report.write_small(format!("{json:#}\n").as_bytes())?;
+        report.write(|out| Ok(writeln!(out, "{json:#}")?))?;
+        report.commit()?;
     }
+    target.commit()?;
     let mut out = std::io::stdout().lock();
     if cli.json {
         writeln!(out, "{json}")?;

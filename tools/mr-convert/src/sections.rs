@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::path::PathBuf;
 
 use mrt_format::{
-    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, NewSection, ORIGIN, ReportEntry, SourceDtype, TOKEN_NAMES,
-    TOKENIZER, TensorSource, qwen2_source_count, report_from_bytes,
+    CHAT_TEMPLATE, CONVERSION_REPORT, Digest, GENERATION, NewSection, ORIGIN, ReportEntry, TOKEN_NAMES,
+    TOKENIZER, report_file_name, report_from_bytes,
 };
 use mruntime::hf::{HfError, Qwen2Dir};
 use mruntime_text::{SpecialTokenNames, find_chat_template, prepack_tokenizer};
@@ -58,11 +59,11 @@ impl Sections {
             Some(Err(reason)) => TokenizerKind::Json(reason.to_string()),
         };
         let origin = match origin {
-            None => unpacked(model, ORIGIN)?,
-            Some(_) => None,
-        }
-        .or(origin_text(origin, model.licence.as_deref()).map(String::into_bytes));
-        list.extend(origin.map(|text| (ORIGIN.to_owned(), text)));
+            Some(line) => origin_line(line),
+            None => unpacked_origin(model)?,
+        };
+        let origin = with_licence(origin, model.licence.as_deref());
+        list.extend((!origin.is_empty()).then(|| (ORIGIN.to_owned(), origin.into_bytes())));
         list.extend(model.files.iter().map(|file| (file.name.clone(), file.bytes.clone())));
         Ok(Sections { list, tokenizer })
     }
@@ -83,23 +84,34 @@ impl Sections {
     }
 }
 
-/// The conversion report of a directory that `mrt unpack` has made, which is still that of the model's first
-/// conversion: the second one, from FP16, changes nothing. `None` for other directories.
-pub fn unpacked_report(model: &Qwen2Dir) -> Result<Option<Vec<ReportEntry>>, ConvertError> {
-    let sources = qwen2_source_count(&model.config);
-    if (0..sources).any(|index| model.weights.dtype(index) != SourceDtype::F16) {
-        return Ok(None);
-    }
-    let Some(bytes) = unpacked(model, CONVERSION_REPORT)? else { return Ok(None) };
+/// The files that `model` is converted from, which no output may replace.
+pub fn sources(model: &Qwen2Dir) -> impl Iterator<Item = PathBuf> {
+    model.paths().chain([model.path.join(ORIGIN)])
+}
+
+/// The report of these weights' first conversion, if `mrt unpack` has left it in the directory: that they have become
+/// FP16 is long past, and nothing changes any more.
+pub fn first_report(model: &Qwen2Dir, arena: &Digest) -> Result<Option<Vec<ReportEntry>>, ConvertError> {
+    let name = report_file_name(arena);
+    let Some(bytes) = read(model, &name)? else { return Ok(None) };
     let report = report_from_bytes(&model.config, &bytes).map_err(|e| HfError::Invalid {
-        path: model.path.join(CONVERSION_REPORT),
+        path: model.path.join(&name),
         problem: format!("{e}; remove the file, or unpack the model again"),
     })?;
     Ok(Some(report))
 }
 
-/// The file `name` of a directory that `mrt unpack` has made.
-fn unpacked(model: &Qwen2Dir, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
+/// What the file `origin` of a directory says, which `mrt unpack` has made.
+fn unpacked_origin(model: &Qwen2Dir) -> Result<String, ConvertError> {
+    let text = String::from_utf8(read(model, ORIGIN)?.unwrap_or_default()).map_err(|_| HfError::Invalid {
+        path: model.path.join(ORIGIN),
+        problem: "is not UTF-8; write where the model is from as text, or remove the file".into(),
+    })?;
+    Ok(if text.trim().is_empty() || text.ends_with('\n') { text } else { text + "\n" })
+}
+
+/// The file `name` of the directory.
+fn read(model: &Qwen2Dir, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
     let path = model.path.join(name);
     let read = || -> io::Result<Option<Vec<u8>>> {
         if !path.is_file() {
@@ -113,13 +125,21 @@ fn unpacked(model: &Qwen2Dir, name: &str) -> Result<Option<Vec<u8>>, ConvertErro
     read().map_err(|source| HfError::Io { path: path.clone(), source }.into())
 }
 
-/// Lines of `key: value`: where the model is from, in the converting person's words, and its licence.
-fn origin_text(origin: Option<&str>, licence: Option<&str>) -> Option<String> {
-    let origin = origin.map(|text| text.split_whitespace().collect::<Vec<_>>().join(" "));
-    let origin = origin.filter(|text| !text.is_empty()).map(|text| format!("origin: {text}\n"));
-    let licence = licence.map(|id| format!("license: {id}\n"));
-    let text = [origin, licence].into_iter().flatten().collect::<String>();
-    (!text.is_empty()).then_some(text)
+/// A line `origin: text` for what the converting person says; empty if they say nothing.
+fn origin_line(text: &str) -> String {
+    let words: Vec<_> = text.split_whitespace().collect();
+    if words.is_empty() { String::new() } else { format!("origin: {}\n", words.join(" ")) }
+}
+
+/// Lines of `key: value`: `origin`, and the licence if it does not say one.
+fn with_licence(origin: String, licence: Option<&str>) -> String {
+    let origin = if origin.trim().is_empty() { String::new() } else { origin };
+    match licence {
+        Some(id) if !origin.lines().any(|line| line.starts_with("license: ")) => {
+            format!("{origin}license: {id}\n")
+        }
+        _ => origin,
+    }
 }
 
 #[cfg(test)]
@@ -128,13 +148,13 @@ mod tests {
 
     #[test]
     fn origin_has_a_line_for_each_thing_known() {
-        assert_eq!(origin_text(None, None), None);
-        assert_eq!(origin_text(Some(" \n"), None), None);
-        assert_eq!(origin_text(Some("a\nlicense: mit"), None).as_deref(), Some("origin: a license: mit\n"));
-        assert_eq!(
-            origin_text(Some(" https://a.example/b \n"), None).as_deref(),
-            Some("origin: https://a.example/b\n")
-        );
-        assert_eq!(origin_text(Some("here"), Some("mit")).as_deref(), Some("origin: here\nlicense: mit\n"));
+        let origin = |text, licence| with_licence(origin_line(text), licence);
+        assert_eq!(origin("", None), "");
+        assert_eq!(origin(" \n", None), "");
+        assert_eq!(origin("a\nlicense: mit", None), "origin: a license: mit\n");
+        assert_eq!(origin(" https://a.example/b \n", None), "origin: https://a.example/b\n");
+        assert_eq!(origin("here", Some("mit")), "origin: here\nlicense: mit\n");
+        assert_eq!(with_licence("license: gpl\n".into(), Some("mit")), "license: gpl\n");
+        assert_eq!(with_licence("\n".into(), Some("mit")), "license: mit\n");
     }
 }

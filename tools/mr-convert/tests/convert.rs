@@ -211,6 +211,31 @@ fn the_file_carries_what_stands_beside_the_weights() {
 }
 
 #[test]
+fn the_file_origin_of_a_directory_is_taken() {
+    let dir = tempdir().unwrap();
+    copy_model(&tiny("tied"), dir.path());
+    let out = dir.path().join("out.mrt");
+    let origin = |written: &[u8], readme: &str| {
+        std::fs::write(dir.path().join("origin"), written).unwrap();
+        std::fs::write(dir.path().join("README.md"), readme).unwrap();
+        convert(dir.path(), &out, &[]);
+        let file = std::fs::read(&out).unwrap();
+        let section =
+            prologue(&file).section(ORIGIN).map(|s| s.offset as usize..(s.offset + s.bytes) as usize);
+        section.map(|range| String::from_utf8(file[range].to_vec()).unwrap())
+    };
+    let mit = "---\nlicense: mit\n---\n";
+    assert_eq!(origin(b"origin: here", "").as_deref(), Some("origin: here\n"));
+    assert_eq!(origin(b"origin: here\n", mit).as_deref(), Some("origin: here\nlicense: mit\n"));
+    assert_eq!(origin(b"license: gpl\n", mit).as_deref(), Some("license: gpl\n"));
+    assert_eq!(origin(b"", mit).as_deref(), Some("license: mit\n"));
+    assert_eq!(origin(b"\n", ""), None);
+    std::fs::write(dir.path().join("origin"), b"a\xff").unwrap();
+    let stderr = String::from_utf8(run(dir.path(), &out, &[]).stderr).unwrap();
+    assert!(stderr.contains("origin: is not UTF-8; write where the model is from as text"), "{stderr}");
+}
+
+#[test]
 fn the_tokenizer_is_prepacked_or_the_reason_is_given() {
     let dir = tempdir().unwrap();
     copy_model(&tiny("tied"), dir.path());
@@ -278,5 +303,9 @@ fn a_target_is_replaced_and_a_link_keeps_its_place() {
         std::fs::write(dir.path().join("new"), "").unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
         assert_eq!(mode(&out), mode(&dir.path().join("new")));
+        // Nor more readable than the file that it replaces.
+        std::fs::set_permissions(&out, PermissionsExt::from_mode(0o600)).unwrap();
+        convert(&tiny("tied"), &out, &[]);
+        assert_eq!(mode(&out) & 0o777, 0o600);
     }
 }

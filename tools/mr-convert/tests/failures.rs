@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use common::*;
 use half::bf16;
-use mr_convert::Target;
+use mr_convert::{NewFile, sources};
 use mruntime::Pool;
 use mruntime::hf::Qwen2Dir;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
@@ -154,12 +154,13 @@ fn weights_that_change_while_they_are_read() {
         copy_model(&tiny("tied"), model_dir.path());
         std::fs::write(&out, "old").unwrap();
         let model = Qwen2Dir::open(model_dir.path()).unwrap();
-        let target = Target::create(&out, &model).unwrap();
+        let target = NewFile::create(&out, sources(&model)).unwrap();
         // In place, as a download that goes on would; time stamps may be coarse.
         std::fs::write(&weights, changed).unwrap();
         File::options().write(true).open(&weights).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         let mut pool = Pool::new(2).unwrap();
-        let error = mr_convert::convert(&model, target, None, &mut pool, &AtomicBool::new(false));
+        let error = mr_convert::convert(&model, &target, None, &mut pool, &AtomicBool::new(false));
+        drop(target);
         let message = error.unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
         assert_eq!(std::fs::read(&out).unwrap(), b"old");
@@ -187,16 +188,19 @@ fn targets_that_cannot_be_written() {
     assert!(message.contains("--report names the file to be converted to"), "{message}");
 
     copy_model(&tiny("tied"), &path("model"));
-    for name in ["model.safetensors", "config.json"] {
+    for name in ["model.safetensors.index.json", "README.md", "origin"] {
+        std::fs::write(path("model").join(name), "{}").unwrap();
+    }
+    for name in ["model.safetensors", "config.json", "model.safetensors.index.json", "README.md", "origin"] {
         let before = std::fs::read(path("model").join(name)).unwrap();
         let message = fails(&path("model"), &path("model").join(name), &[]);
-        assert!(message.contains("is a file of the model that is converted"), "{message}");
+        assert!(message.contains("is read to make the new file; name another one"), "{message}");
         assert!(std::fs::read(path("model").join(name)).unwrap() == before);
     }
     let message = fails(&path("nowhere"), &path("out.mrt"), &[]);
     assert!(message.contains("nowhere: No such file or directory"), "{message}");
     assert_eq!(names(dir.path()), ["model"]);
-    assert_eq!(names(&path("model")).len(), 3 + 1, "the directory has what was copied");
+    assert_eq!(names(&path("model")).len(), 4 + 3, "the directory has what was put there");
 }
 
 #[cfg(target_os = "linux")]
@@ -209,9 +213,9 @@ fn special_files_and_read_only_directories() {
     std::os::unix::fs::symlink("nowhere/at/all", &link).unwrap();
     let message = fails(&tiny("tied"), &link, &[]);
     assert!(message.contains("is a link that leads nowhere"), "{message}");
-    // Nobody, root included, creates files there.
+    // Nobody, root included, creates files there: permission denied, or a read-only file system.
     let message = fails(&tiny("tied"), Path::new("/sys/out.mrt"), &[]);
-    assert!(message.contains("/sys/out.mrt: cannot be written to /sys: permission denied"), "{message}");
+    assert!(message.contains("/sys/out.mrt: cannot be written to /sys: "), "{message}");
 }
 
 /// Runs a shell script in which `$CONVERT` is the program and `$MODEL` a model.
@@ -237,12 +241,37 @@ fn a_full_disk() {
     let script = "mkdir disk && mount -t tmpfs -o size=256k none disk && echo old > disk/out.mrt && \
                   $CONVERT $MODEL disk/out.mrt 2>&1; echo code $?; cat disk/out.mrt; ls -A disk; rm -r disk 2>&-";
     let mut answers = namespaces.iter().map(|wrapper| shell(wrapper, script, tempdir().unwrap().path()).1);
-    let text = answers.find(|text| text.contains("code ")).expect("no mount namespace can be had here");
+    let Some(text) = answers.find(|text| text.contains("code ")) else {
+        println!(
+            "no mount namespace can be had here: only a_limit_on_the_size_of_files has tested a full disk"
+        );
+        return;
+    };
     assert!(
         text.contains("error: disk/out.mrt: cannot reserve the 2284800 bytes of the new file: No space"),
         "{text}"
     );
     assert!(text.ends_with("code 1\nold\nout.mrt\n"), "{text}");
+
+    // No room for the report: the model is not replaced either.
+    let script = "mkdir disk && mount -t tmpfs -o size=4k none disk && echo old > out.mrt && \
+                  $CONVERT $MODEL out.mrt --report disk/report 2>&1; echo code $?; cat out.mrt; ls -A . disk; rm -r disk 2>&-";
+    let mut answers = namespaces.iter().map(|wrapper| shell(wrapper, script, tempdir().unwrap().path()).1);
+    let text = answers.find(|text| text.contains("code ")).unwrap();
+    assert!(text.contains("error: disk/report: cannot be written: No space"), "{text}");
+    assert!(text.ends_with("code 1\nold\n.:\ndisk\nout.mrt\n\ndisk:\n"), "{text}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn messages_that_cannot_be_written() {
+    let dir = tempdir().unwrap();
+    let script = "$CONVERT $MODEL out.mrt >log 2>/dev/full; echo code $?; $CONVERT gone other.mrt 2>/dev/full; \
+                  echo code $?; $CONVERT $MODEL out.mrt 2>&1 >/dev/full; echo code $?; ls -A";
+    let (_, text) = shell(&["env"], script, dir.path());
+    let full = "note: there is no tokenizer.json; the file will take token ids, not text\n\
+                error: standard output: No space left on device (os error 28)\n";
+    assert_eq!(text, format!("code 0\ncode 1\n{full}code 1\nlog\nout.mrt\n"));
 }
 
 #[cfg(target_os = "linux")]

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
+use mr_cli::FileError;
 use mrt_format::{CHUNK_BYTES, Prologue, Qwen2Config, TensorEntry};
 use serde_json::json;
 
-use crate::file::{FileError, MrtFile};
+use crate::file::MrtFile;
 
 /// Something that differs.
 pub struct Difference {

@@ -1,12 +1,12 @@
 //! A `.mrt` file that is read, not mapped: a file on failing storage gives an error and ends no program.
 
-use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use mr_cli::FileError;
 use mrt_format::{Digest, HEADER_BYTES, Prologue, prologue_bytes};
 
 /// An open file with its validated prologue.
@@ -16,24 +16,6 @@ pub struct MrtFile {
     /// The prologue's bytes.
     pub head: Vec<u8>,
     file: File,
-}
-
-/// What is wrong with a file, in one line that begins with its name.
-#[derive(Debug)]
-pub struct FileError {
-    path: PathBuf,
-    problem: String,
-}
-
-impl FileError {
-    pub fn new(path: &Path, problem: impl fmt::Display) -> Self {
-        FileError { path: path.into(), problem: problem.to_string() }
-    }
-
-    /// What is wrong, without the file's name.
-    pub fn problem(self) -> String {
-        self.problem
-    }
 }
 
 impl MrtFile {
@@ -103,11 +85,3 @@ pub fn open_regular(path: &Path, options: &std::fs::OpenOptions) -> Result<File,
         _ => options.open(path).map_err(error),
     }
 }
-
-impl fmt::Display for FileError {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}: {}", self.path.display(), self.problem)
-    }
-}
-
-impl Error for FileError {}

@@ -2,13 +2,14 @@
 
 use std::io::Write;
 
+use mr_cli::FileError;
 use mrt_format::{
     ARENA_ALIGN, CONVERSION_REPORT, Counts, GENERATION, GenerationDefaults, ORIGIN, Qwen2Config, ReportEntry,
     SourceDtype, TensorKind, qwen2_source_tensors, report_from_bytes,
 };
 use serde_json::{Value, json};
 
-use crate::file::{FileError, MrtFile};
+use crate::file::MrtFile;
 
 /// Sections that are shown, read and checked.
 struct Details {

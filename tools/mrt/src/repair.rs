@@ -5,11 +5,12 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use mrt_format::Digest;
+use mr_cli::FileError;
+use mrt_format::{Digest, MAGIC};
 use mruntime::Pool;
 use serde_json::{Value, json};
 
-use crate::file::{FileError, MrtFile, open_regular};
+use crate::file::{MrtFile, open_regular};
 use crate::piece::{Piece, pieces};
 use crate::verify::{aligned, on_all_pieces};
 
@@ -37,21 +38,22 @@ impl Repaired {
 }
 
 /// Repairs `path`, which may be cut short or not exist, from `other`, which may have damage of its own. Every piece is
-/// checked before it is written, so that a repair that was stopped can be started again. A file that was too short
-/// gets its last piece last, and only when all else is whole: until then no reader takes it for a model.
+/// checked before it is written, so that a repair that was stopped can be started again. A file that is too short, or has
+/// no whole header, is a byte too long until all of it is whole: no reader takes it for a model before.
 pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool) -> mr_cli::Result<Repaired> {
-    let existed = path.exists();
-    let target = open_regular(path, File::options().read(true).write(true).create(true).truncate(false))?;
     let io_error = |e: io::Error| FileError::new(path, e);
-    let target_len = target.metadata().map_err(io_error)?.len();
     let source = open_regular(other, File::options().read(true))?;
-    let same = same_file(&target, &source).map_err(io_error)?;
-    if same {
+    // A prologue is good if it is whole, and the expected one if there is an expectation.
+    let theirs = MrtFile::open_part(other, source.try_clone().map_err(io_error)?, root);
+    if let (false, Err(problem)) = (path.exists(), &theirs) {
+        return Err(problem.to_string().into());
+    }
+    let target = open_regular(path, File::options().read(true).write(true).create(true).truncate(false))?;
+    let target_len = target.metadata().map_err(io_error)?.len();
+    if same_file(&target, &source).map_err(io_error)? {
         return Err(FileError::new(path, "is the file that --from names; name another copy").into());
     }
-    // A prologue is good if it is whole, and the expected one if there is an expectation.
     let mine = MrtFile::open_part(path, target.try_clone().map_err(io_error)?, root).ok();
-    let theirs = MrtFile::open_part(other, source.try_clone().map_err(io_error)?, root);
     let mut fetched = Vec::new();
     let plan = match (mine, theirs) {
         (Some(mine), Ok(theirs)) if mine.prologue.root() != theirs.prologue.root() => {
@@ -60,73 +62,80 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
             return Err(theirs.error(problem).into());
         }
         (Some(mine), _) => mine,
-        (None, Ok(theirs)) => {
+        (None, Ok(theirs)) if may_be_copy(&target, &theirs) => {
             fetched.push(("header, directory and chunk table".to_owned(), 0, theirs.head.len() as u64));
             theirs
         }
+        (None, Ok(_)) => {
+            let problem =
+                format!("has nothing of {}; remove it, or name the file to repair", other.display());
+            return Err(FileError::new(path, problem).into());
+        }
         (None, Err(problem)) => {
-            if !existed {
-                std::fs::remove_file(path).map_err(io_error)?;
-            }
-            return Err(format!(
-                "{}: has no whole header, and neither has the other copy: {problem}",
-                path.display()
-            )
-            .into());
+            let problem = format!("has no whole header, and neither has the other copy: {problem}");
+            return Err(FileError::new(path, problem).into());
         }
     };
     let prologue = &plan.prologue;
-    if !fetched.is_empty() {
+    let total = prologue.file_bytes();
+    if target_len != total || !fetched.is_empty() {
+        target.set_len(total + 1).map_err(io_error)?;
         target.write_all_at(&plan.head, 0).map_err(io_error)?;
     }
 
     // Nothing is left to the other copy but bytes: what they must be, the digests say.
     let pieces = pieces(prologue);
-    let total = prologue.file_bytes();
-    let ends_file = |piece: Piece| {
-        let (offset, bytes) = piece.range(prologue);
-        target_len < total && offset + bytes == total
-    };
     let attempt = |piece: Piece, buffer: &mut Vec<u8>| {
         let (offset, bytes) = piece.range(prologue);
-        let buffer = aligned(buffer, bytes as usize);
-        let mut is_good =
-            |file: &File| file.read_exact_at(buffer, offset).is_ok() && piece.check(prologue, buffer).is_ok();
-        if is_good(&target) {
+        if offset + bytes <= target_len && is_good(piece, &plan, &target, buffer) {
             return Ok(State::Good);
         }
-        if !is_good(&source) {
+        if !is_good(piece, &plan, &source, buffer) {
             return Ok(State::Missing);
         }
-        if !ends_file(piece) {
-            target
-                .write_all_at(buffer, offset)
-                .map_err(|e| FileError::new(path, format!("cannot be written: {e}")))?;
-        }
+        target
+            .write_all_at(aligned(buffer, bytes as usize), offset)
+            .map_err(|e| FileError::new(path, format!("cannot be written: {e}")))?;
         Ok(State::Fetched)
     };
     let states = on_all_pieces(&plan, &pieces, pool, attempt)?;
-    let named = |piece: Piece| {
-        let (offset, bytes) = piece.range(prologue);
-        (piece.name(prologue), offset, offset + bytes)
-    };
-    let of_state = |state| pieces.iter().zip(&states).filter(move |(_, s)| **s == state).map(|(p, _)| *p);
-    let missing: Vec<_> = of_state(State::Missing).map(named).collect();
-    fetched.extend(of_state(State::Fetched).filter(|p| missing.is_empty() || !ends_file(*p)).map(named));
-    if missing.is_empty() {
-        target.sync_data().map_err(io_error)?;
-        let mut buffer = Vec::new();
-        for piece in of_state(State::Fetched).filter(|piece| ends_file(*piece)) {
+    let of_state = |state| {
+        let pieces = pieces.iter().zip(&states).filter(move |(_, s)| **s == state);
+        pieces.map(|(piece, _)| {
             let (offset, bytes) = piece.range(prologue);
-            buffer.resize(bytes as usize, 0);
-            source.read_exact_at(&mut buffer, offset).map_err(|e| FileError::new(other, e))?;
-            piece.check(prologue, &buffer).map_err(|e| FileError::new(other, e))?;
-            target.write_all_at(&buffer, offset).map_err(io_error)?;
-        }
-        target.set_len(total).map_err(io_error)?;
-    }
+            (piece.name(prologue), offset, offset + bytes)
+        })
+    };
+    fetched.extend(of_state(State::Fetched));
+    let missing: Vec<_> = of_state(State::Missing).collect();
     target.sync_all().map_err(io_error)?;
+    if missing.is_empty() {
+        target.set_len(total).and_then(|()| target.sync_all()).map_err(io_error)?;
+    }
     Ok(Repaired { root: *prologue.root(), fetched, missing })
+}
+
+/// Whether `file`, which has no whole header, is a damaged or unfinished copy of `whole` and nothing else that a repair
+/// would destroy: it begins as every model does or with nothing but zeros, or one chunk of its weights is right.
+fn may_be_copy(file: &File, whole: &MrtFile) -> bool {
+    let len = file.metadata().map_or(0, |meta| meta.len()).min(whole.head.len() as u64);
+    let mut head = vec![0; len as usize];
+    if file.read_exact_at(&mut head, 0).is_err() {
+        return false;
+    }
+    let mut chunks = (0..whole.prologue.chunk_count()).map(Piece::Chunk);
+    let mut buffer = Vec::new();
+    let magic = head.len().min(MAGIC.len());
+    head[..magic] == MAGIC[..magic]
+        || head.iter().all(|&byte| byte == 0)
+        || chunks.any(|chunk| is_good(chunk, whole, file, &mut buffer))
+}
+
+/// Whether `file` has a piece of `plan` as it must be; the piece is in `buffer` then.
+fn is_good(piece: Piece, plan: &MrtFile, file: &File, buffer: &mut Vec<u8>) -> bool {
+    let (offset, bytes) = piece.range(&plan.prologue);
+    let buffer = aligned(buffer, bytes as usize);
+    file.read_exact_at(buffer, offset).is_ok() && piece.check(&plan.prologue, buffer).is_ok()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

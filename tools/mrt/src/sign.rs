@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use ct_codecs::{Base64, Decoder};
 use minisign::{PublicKey, PublicKeyBox, SecretKey, SecretKeyBox, SignatureBox};
+use mr_cli::{FileError, NewFile};
 use mrt_format::Digest;
 
-use crate::file::{FileError, MrtFile};
+use crate::file::MrtFile;
 
 /// Keys and signatures are a few lines; more is something else.
 const MAX_BYTES: u64 = 64 << 10;
@@ -52,16 +53,9 @@ pub fn sign(file: &MrtFile, key: &Path, out: &Path) -> mr_cli::Result<()> {
     PublicKey::from_secret_key(&secret)
         .and_then(|public| minisign::verify(&public, &signature, message(root), true, false, false))
         .map_err(|_| bad_key("it is damaged".to_owned()))?;
-    let failed = |e: std::io::Error| FileError::new(out, format!("cannot be written: {e}"));
-    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut temp = tempfile::Builder::new();
-    temp.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut temp = temp.tempfile_in(parent).map_err(failed)?;
-    temp.write_all(signature.to_string().as_bytes())
-        .and_then(|()| temp.as_file().sync_all())
-        .map_err(failed)?;
-    temp.persist(out).map_err(|e| failed(e.error))?;
-    Ok(())
+    let out = NewFile::create(out, [&file.path, key])?;
+    out.write(|out| Ok(write!(out, "{}", signature.into_string())?))?;
+    Ok(out.commit()?)
 }
 
 /// The secret key in `text` if it is one that `minisign -G -W` made: those have no password, and zeros in place of the

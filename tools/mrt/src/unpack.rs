@@ -3,15 +3,18 @@
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use mr_cli::{FileError, INTERRUPTED};
 use mrt_format::{
-    CHAT_TEMPLATE, GENERATION, TENSOR_TABLE, TOKEN_NAMES, TOKENIZER, qwen2_source_tensors, unpack_tensor,
+    CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, TENSOR_TABLE, TOKEN_NAMES, TOKENIZER, qwen2_source_tensors,
+    report_file_name, unpack_tensor,
 };
 use mruntime_text::find_chat_template;
 use serde_json::{Map, Value, json};
 
-use crate::file::{FileError, MrtFile};
+use crate::file::MrtFile;
 
 const WEIGHTS: &str = "model.safetensors";
 const CHAT_TEMPLATE_FILE: &str = "chat_template.jinja";
@@ -20,8 +23,8 @@ const CHAT_TEMPLATE_FILE: &str = "chat_template.jinja";
 const MADE_ANEW: [&str; 5] = [TENSOR_TABLE, GENERATION, CHAT_TEMPLATE, TOKENIZER, TOKEN_NAMES];
 
 /// Writes the weights as FP16 safetensors and the sections as files of their names into the new directory `dir`, which
-/// appears when it is complete. Returns the names of the files.
-pub fn unpack(file: &MrtFile, dir: &Path) -> mr_cli::Result<Vec<String>> {
+/// appears when it is complete. Returns the names of the files. Setting `interrupted` stops the work.
+pub fn unpack(file: &MrtFile, dir: &Path, interrupted: &AtomicBool) -> mr_cli::Result<Vec<String>> {
     let failed = |e: io::Error| FileError::new(dir, format!("cannot be written: {e}"));
     if std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
         return Err(FileError::new(dir, "exists; name a new directory").into());
@@ -48,13 +51,18 @@ pub fn unpack(file: &MrtFile, dir: &Path) -> mr_cli::Result<Vec<String>> {
                 .error(format!("has a section {WEIGHTS}, which is the name of the weights"))
                 .into());
         }
-        write(&section.name, &content).map_err(failed)?;
+        // The report is that of these weights.
+        let name = match section.name.as_str() {
+            CONVERSION_REPORT => &report_file_name(&file.prologue.arena_digest()),
+            name => name,
+        };
+        write(name, &content).map_err(failed)?;
     }
     if let Some(template) = loose_template(file)? {
         write(CHAT_TEMPLATE_FILE, &template).map_err(failed)?;
     }
     names.push(WEIGHTS.to_owned());
-    write_weights(file, &temp.path().join(WEIGHTS)).map_err(|e| match file_error(&e) {
+    write_weights(file, &temp.path().join(WEIGHTS), interrupted).map_err(|e| match file_error(&e) {
         Some(problem) => file.error(problem),
         None => failed(e),
     })?;
@@ -73,17 +81,17 @@ fn loose_template(file: &MrtFile) -> mr_cli::Result<Option<Vec<u8>>> {
     Ok((found.as_ref().map(String::as_bytes) != Some(&template)).then_some(template))
 }
 
-/// Marks an error of reading the model, not of writing.
+/// Marks an error that is not one of writing.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-struct Unreadable(String);
+struct Abandoned(String);
 
 fn file_error(error: &io::Error) -> Option<String> {
-    error.get_ref()?.downcast_ref::<Unreadable>().map(|unreadable| unreadable.0.clone())
+    error.get_ref()?.downcast_ref::<Abandoned>().map(|abandoned| abandoned.0.clone())
 }
 
 /// The weights in one safetensors file, in the order in which a Qwen2 checkpoint lists them.
-fn write_weights(file: &MrtFile, path: &Path) -> io::Result<()> {
+fn write_weights(file: &MrtFile, path: &Path, interrupted: &AtomicBool) -> io::Result<()> {
     let (cfg, layout) = (file.prologue.config(), file.prologue.layout());
     let tensors = qwen2_source_tensors(cfg);
     let mut header = Map::new();
@@ -107,9 +115,12 @@ fn write_weights(file: &MrtFile, path: &Path) -> io::Result<()> {
     for index in 0..tensors.len() {
         let read = |offset, buf: &mut [u8]| {
             let read = file.read(file.prologue.arena_offset() + offset, buf);
-            read.map_err(|e| io::Error::other(Unreadable(e.problem())))
+            read.map_err(|e| io::Error::other(Abandoned(e.problem())))
         };
         let write = |bytes: &[u8]| {
+            if interrupted.load(Ordering::Relaxed) {
+                return Err(io::Error::other(Abandoned(INTERRUPTED.to_owned())));
+            }
             bar.inc(bytes.len() as u64);
             out.write_all(bytes)
         };

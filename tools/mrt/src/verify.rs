@@ -3,11 +3,12 @@
 use std::io::Write;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use mr_cli::FileError;
 use mrt_format::FormatError;
 use mruntime::{Chunks, PerWorker, Pool};
 use serde_json::{Value, json};
 
-use crate::file::{FileError, MrtFile};
+use crate::file::MrtFile;
 use crate::piece::{Piece, pieces};
 
 /// A piece that is not as the digests say, and what is wrong with it.

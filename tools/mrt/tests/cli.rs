@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::AtomicBool;
 
-use mr_convert::{Target, convert};
+use mr_convert::{NewFile, convert, sources};
 use mrt_format::{CHUNK_BYTES, NewSection, Qwen2Config, plan_file, qwen2_weights_layout, sha256};
 use mruntime::Pool;
 use mruntime::hf::Qwen2Dir;
@@ -208,9 +208,10 @@ fn converted() -> (TempDir, PathBuf) {
     let path = dir.path().join("model.mrt");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny/extremes");
     let model = Qwen2Dir::open(&source).unwrap();
-    let target = Target::create(&path, &model).unwrap();
+    let target = NewFile::create(&path, sources(&model)).unwrap();
     let origin = Some("https://models.example/\u{1b}[31mred");
-    convert(&model, target, origin, &mut Pool::new(1).unwrap(), &AtomicBool::new(false)).unwrap();
+    convert(&model, &target, origin, &mut Pool::new(1).unwrap(), &AtomicBool::new(false)).unwrap();
+    target.commit().unwrap();
     (dir, path)
 }
 

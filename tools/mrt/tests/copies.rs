@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
 use minisign::KeyPair;
-use mr_convert::{Target, convert};
+use mr_convert::{NewFile, convert, sources};
 use mrt_format::{CHUNK_BYTES, NewSection, Prologue, Qwen2Config, plan_file, qwen2_weights_layout, sha256};
 use mruntime::Pool;
 use mruntime::hf::Qwen2Dir;
@@ -85,8 +85,9 @@ impl Folder {
 
 fn convert_dir(dir: &Path, out: &Path, origin: Option<&str>) {
     let model = Qwen2Dir::open(dir).unwrap();
-    let target = Target::create(out, &model).unwrap();
-    convert(&model, target, origin, &mut Pool::new(2).unwrap(), &AtomicBool::new(false)).unwrap();
+    let target = NewFile::create(out, sources(&model)).unwrap();
+    convert(&model, &target, origin, &mut Pool::new(2).unwrap(), &AtomicBool::new(false)).unwrap();
+    target.commit().unwrap();
 }
 
 fn tiny(name: &str) -> PathBuf {
@@ -119,6 +120,28 @@ fn what_is_unpacked_converts_to_the_same_file() {
         assert!(folder.read("a.mrt") == folder.read("b.mrt"), "{name}");
         assert!(folder.ok(&["diff", "a.mrt", "b.mrt"]).starts_with("the files are the same: root "));
     }
+}
+
+#[test]
+fn the_report_of_other_weights_is_not_taken() {
+    let folder = Folder::new();
+    convert_dir(&tiny("extremes"), &folder.path("a.mrt"), None);
+    folder.ok(&["unpack", "a.mrt", "dir"]);
+    let report = |file: &str| {
+        let info: Value = serde_json::from_str(&folder.ok(&["info", "--json", file])).unwrap();
+        info["conversion"].clone()
+    };
+    assert!(report("a.mrt")["rounded"].as_u64().unwrap() > 0);
+    // All weights become 1.0, as if somebody had trained on.
+    let mut weights = folder.read("dir/model.safetensors");
+    let data = 8 + u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
+    for value in weights[data..].as_chunks_mut().0 {
+        *value = [0x00, 0x3c];
+    }
+    folder.write("dir/model.safetensors", &weights);
+    convert_dir(&folder.path("dir"), &folder.path("b.mrt"), None);
+    let report = report("b.mrt");
+    assert_eq!((report["rounded"].as_u64(), report["flushed"].as_u64()), (Some(0), Some(0)), "{report}");
 }
 
 #[test]
@@ -175,7 +198,8 @@ fn differences_are_named() {
     let names: Vec<_> =
         json["differences"].as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap()).collect();
     assert!(names.contains(&"layers.1.down") && names.contains(&"tensor_table"), "{text}");
-    assert!(folder.fails(&["diff", "a.mrt", "gone.mrt"]).contains("gone.mrt: No such file"));
+    let (code, _, message) = folder.mrt(&["diff", "a.mrt", "gone.mrt"]);
+    assert_eq!((code, message.contains("gone.mrt: No such file")), (2, true), "{message}");
 }
 
 #[test]
@@ -235,7 +259,7 @@ fn only_what_is_damaged_is_fetched_and_only_what_is_whole() {
     folder.ok(&["repair", "b.mrt", "--from", "a.mrt"]);
     assert!(folder.read("b.mrt") == good);
 
-    // What neither has stays missing, and a short file stays short.
+    // What neither has stays missing, and no reader takes a file that was short for a whole one.
     folder.write("a.mrt", &damaged(&[arena + chunk])[..arena + 3 * chunk - 5]);
     folder.write("b.mrt", &damaged(&[arena + chunk]));
     let (code, printed, stderr) = folder.mrt(&["repair", "a.mrt", "--from", "b.mrt"]);
@@ -247,11 +271,63 @@ fn only_what_is_damaged_is_fetched_and_only_what_is_whole() {
         printed.contains("chunk 1 of the weights") && printed.contains("is in neither copy"),
         "{printed}"
     );
-    assert_eq!(folder.read("a.mrt").len(), arena + 3 * chunk);
+    let message = folder.fails(&["info", "a.mrt"]);
+    let lengths =
+        format!("a.mrt: the file has {} bytes but says that it has {};", good.len() + 1, good.len());
+    assert!(message.contains(&lengths), "{message}");
     folder.write("b.mrt", &good);
     let printed = folder.ok(&["repair", "a.mrt", "--from", "b.mrt"]);
-    assert_eq!(printed.matches("fetched chunk").count(), 2, "{printed}");
+    assert_eq!(printed.matches("fetched chunk").count(), 1, "{printed}");
     assert!(folder.read("a.mrt") == good);
+
+    // Nor one that had its length before its content, as some downloads make it.
+    folder.write("a.mrt", &vec![0; good.len()]);
+    folder.write("b.mrt", &damaged(&[arena + chunk]));
+    let (code, _, _) = folder.mrt(&["repair", "a.mrt", "--from", "b.mrt"]);
+    assert_eq!(code, 1);
+    folder.fails(&["info", "a.mrt"]);
+    folder.write("good.mrt", &good);
+    folder.ok(&["repair", "a.mrt", "--from", "good.mrt"]);
+    assert!(folder.read("a.mrt") == good);
+}
+
+#[test]
+fn what_is_no_copy_is_not_repaired() {
+    let folder = Folder::new();
+    let good = model(&CFG, 0);
+    folder.write("good.mrt", &good);
+    let gguf = [b"GGUF".as_slice(), &vec![7; good.len()]].concat();
+    for other in [b"notes".as_slice(), &gguf] {
+        folder.write("other", other);
+        let message = folder.fails(&["repair", "other", "--from", "good.mrt"]);
+        assert!(message.contains("other: has nothing of good.mrt; remove it, or name the file to repair"));
+        assert!(folder.read("other") == other);
+    }
+    // A header of rubbish before the right weights is damage.
+    let mut damaged = good.clone();
+    damaged[..512].fill(7);
+    folder.write("damaged.mrt", &damaged);
+    folder.ok(&["repair", "damaged.mrt", "--from", "good.mrt"]);
+    assert!(folder.read("damaged.mrt") == good);
+    folder.fails(&["repair", "new.mrt", "--from", "gone.mrt"]);
+    assert!(!folder.path("new.mrt").exists());
+}
+
+#[test]
+fn a_verdict_does_not_depend_on_who_reads_it() {
+    let folder = Folder::new();
+    let mut bytes = model(&CFG, 0);
+    folder.write("good.mrt", &bytes);
+    *bytes.last_mut().unwrap() ^= 1;
+    folder.write("bad.mrt", &bytes);
+    for (args, code) in [("verify bad.mrt", 1), ("verify good.mrt", 0), ("diff good.mrt bad.mrt", 0)] {
+        // Nobody reads the pipe any more when the program writes to it.
+        let script = format!("(sleep 0.2; $MRT {args} 2>&-; echo $? >code) | true; cat code");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).env("MRT", env!("CARGO_BIN_EXE_mrt")).current_dir(folder.0.path());
+        let output = shell.output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{code}\n"), "{args}");
+    }
 }
 
 #[test]
@@ -271,7 +347,9 @@ fn copies_of_other_files_are_refused() {
     let message = folder.fails(&["repair", "empty.mrt", "--root", &root, "--from", "b.mrt"]);
     assert!(message.contains("another file than expected: its root digest is"), "{message}");
     let message = folder.fails(&["repair", "none.mrt", "--from", "empty.mrt"]);
-    assert!(message.contains("none.mrt: has no whole header, and neither has the other copy"), "{message}");
+    assert!(message.contains("empty.mrt: "), "{message}");
+    let message = folder.fails(&["repair", "a.mrt", "--root", &"0".repeat(64), "--from", "empty.mrt"]);
+    assert!(message.contains("a.mrt: has no whole header, and neither has the other copy"), "{message}");
     assert!(!folder.path("none.mrt").exists());
     assert!(folder.read("a.mrt") == short && folder.read("empty.mrt").is_empty());
     folder.ok(&["repair", "a.mrt", "--root", &root, "--from", "good.mrt"]);
@@ -296,6 +374,12 @@ fn signatures() {
         format!("a.mrt.minisig: signs root {root}\n")
     );
     folder.ok(&["sign", "b.mrt", "--key", "ours.key", "--out", "b.sig"]);
+    for input in ["a.mrt", "ours.key"] {
+        let before = folder.read(input);
+        let message = folder.fails(&["sign", "a.mrt", "--key", "ours.key", "--out", input]);
+        assert!(message.contains("is read to make the new file"), "{message}");
+        assert!(folder.read(input) == before);
+    }
     let id =
         |key: &minisign::PublicKey| key.keynum().iter().rev().map(|b| format!("{b:02X}")).collect::<String>();
 

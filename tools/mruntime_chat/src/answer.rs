@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mr_cli::Result;
+use mr_cli::{Result, say};
 use mruntime::{GenerateOptions, Generated, Numerics, Pool, Sampler, Session, StopReason, session_generate};
 use mruntime_text::{StreamDecoder, Tokenizer};
 
@@ -92,7 +92,7 @@ impl<'a> Answerer<'a> {
         written?;
         write_now(out, &format!("{}\n", decoder.finish()))?;
         if generated.reason == StopReason::ContextFull {
-            eprintln!("(the context of {context} tokens is full)");
+            say(format_args!("(the context of {context} tokens is full)"));
         }
         self.totals.add(&generated);
         Ok(Some(answer))
@@ -124,18 +124,18 @@ impl<'a> Answerer<'a> {
             return;
         }
         let rate = |n: usize, time: Duration| n as f64 / time.as_secs_f64();
-        eprint!("prompt: {prefilled} tokens, {:.1} tokens/s", rate(prefilled, prefill));
+        let mut line = format!("prompt: {prefilled} tokens, {:.1} tokens/s", rate(prefilled, prefill));
         if cached > 0 {
-            eprint!(" ({cached} more were in the KV cache)");
+            line += &format!(" ({cached} more were in the KV cache)");
         }
-        eprint!("; generation: {generated} tokens");
+        line += &format!("; generation: {generated} tokens");
         if decode_steps > 0 {
-            eprint!(", {:.1} tokens/s", rate(decode_steps, decode));
+            line += &format!(", {:.1} tokens/s", rate(decode_steps, decode));
         }
         if numerics != Numerics::Exact {
-            eprint!("; {} numerics", numerics.name());
+            line += &format!("; {} numerics", numerics.name());
         }
-        eprintln!();
+        say(line);
     }
 }
 

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use mr_cli::Result;
+use mr_cli::{Result, say};
 use mruntime::{
     Isa, Limits, OpenOptions, Pool, Prefault, Sampler, Session, Verify, create_qwen2_arenas,
     qwen2_init_kv_cache, qwen2_init_scratch,
@@ -27,7 +27,7 @@ const HELP: &str = "\
 /reset   forget the conversation
 /help    show this
 /exit    leave; so does Ctrl-D
-Ctrl-C   stop the answer
+Ctrl-C   stop the answer; a second time, the program
 Anything else goes to the model.";
 
 fn main() -> ExitCode {
@@ -71,10 +71,10 @@ fn run(cli: &Cli) -> Result<()> {
             cli.max_new_tokens.unwrap_or(usize::MAX),
         ),
     };
-    if let Some(prompt) = &cli.prompt {
-        chat.turn(prompt)?;
-    } else if io::stdin().is_terminal() {
-        eprintln!("{}, context {}; /help lists the commands", model.name(), limits.context);
+    if let Some(prompt) = cli.prompt()? {
+        chat.turn(&prompt)?;
+    } else if io::stdin().is_terminal() && io::stdout().is_terminal() {
+        say(format_args!("{}, context {}; /help lists the commands", model.name(), limits.context));
         chat.converse()?;
     } else {
         for line in io::stdin().lock().lines() {
@@ -86,7 +86,7 @@ fn run(cli: &Cli) -> Result<()> {
     }
     chat.answerer.print_speed(numerics);
     if sampling.temperature != 0.0 && cli.seed.is_none() {
-        eprintln!("seed: {}", sampling.seed);
+        say(format_args!("seed: {}", sampling.seed));
     }
     Ok(())
 }
@@ -107,8 +107,12 @@ impl Chat<'_> {
     fn converse(&mut self) -> Result<()> {
         let stop = Arc::new(AtomicBool::new(false));
         let handler_stop = Arc::clone(&stop);
-        // The line editor takes Ctrl-C as a key: this is for the time of an answer.
-        ctrlc::set_handler(move || handler_stop.store(true, Ordering::Relaxed))?;
+        // The line editor takes Ctrl-C as a key: this is for the time of an answer. A batch of a prompt may take long.
+        ctrlc::set_handler(move || {
+            if handler_stop.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        })?;
         self.answerer.stop_when(stop);
         let mut editor = DefaultEditor::new()?;
         loop {
@@ -125,7 +129,7 @@ impl Chat<'_> {
                 Ok(false) => return Ok(()),
                 Err(error) if error.is::<io::Error>() => return Err(error),
                 // What was wrong with one message leaves the conversation as it was.
-                Err(error) => eprintln!("error: {error}"),
+                Err(error) => say(format_args!("error: {error}")),
             }
         }
     }
@@ -135,7 +139,7 @@ impl Chat<'_> {
         match line.trim() {
             "/exit" => return Ok(false),
             "/reset" => self.conversation.reset(),
-            "/help" => eprintln!("{HELP}"),
+            "/help" => say(HELP),
             _ => self.turn(line)?,
         }
         Ok(true)

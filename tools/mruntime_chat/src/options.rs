@@ -1,7 +1,9 @@
 //! The command line.
 
+use std::path::{Path, PathBuf};
+
 use clap::Parser;
-use mr_cli::{ModelSource, NumericsArg};
+use mr_cli::{FileError, ModelSource, NumericsArg};
 use mruntime::{Digest, GenerationDefaults, Isa, Qwen2Config, Sampler, SamplingOptions};
 
 /// Longer contexts are the user's choice: the KV cache takes memory for each position.
@@ -9,7 +11,7 @@ const DEFAULT_CONTEXT: u32 = 4096;
 
 /// Chat with a model in a terminal
 ///
-/// With -p, one answer; otherwise a conversation. What is piped in is a conversation, too: each line is a message,
+/// With -p or -f, one answer; otherwise a conversation. What is piped in is a conversation, too: each line is a message,
 /// /reset begins a new conversation, and every answer ends with a newline. Sampling options that are not given are
 /// those that the model's makers chose. Speeds are shown on stderr at the end.
 #[derive(Parser)]
@@ -25,7 +27,10 @@ pub struct Cli {
     pub expect_root: Option<Digest>,
     /// Answer this and exit
     #[arg(short, long, value_name = "TEXT")]
-    pub prompt: Option<String>,
+    prompt: Option<String>,
+    /// Answer the text of this file, without its last newline, and exit; - for standard input
+    #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
+    file: Option<PathBuf>,
     /// Instructions to the model that go before the conversation
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
@@ -36,7 +41,7 @@ pub struct Cli {
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p", "seed"])]
     greedy: bool,
     /// Divide logits by this; 0 takes the most probable token after the repetition penalty
-    #[arg(long, value_name = "T", allow_negative_numbers = true, value_parser = temperature)]
+    #[arg(long, visible_alias = "temp", value_name = "T", allow_negative_numbers = true, value_parser = temperature)]
     temperature: Option<f32>,
     /// Choose among the K most probable tokens; 0 for all
     #[arg(long, value_name = "K")]
@@ -54,10 +59,10 @@ pub struct Cli {
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
     /// Tokens of an answer, at most [default: what the context has room for]
-    #[arg(long, value_name = "N", value_parser = mr_cli::parse_count)]
+    #[arg(short = 'n', long, value_name = "N", value_parser = mr_cli::parse_count)]
     pub max_new_tokens: Option<usize>,
     /// Tokens of the whole conversation, at most [default: what the model was trained for, at most 4096]
-    #[arg(long, value_name = "N", value_parser = mr_cli::parse_count)]
+    #[arg(short, long, value_name = "N", value_parser = mr_cli::parse_count)]
     ctx: Option<usize>,
     /// Threads of decoding, and of prefill if nothing else is said [default: all fast physical cores]
     #[arg(short, long, value_name = "N", value_parser = mr_cli::parse_threads)]
@@ -70,6 +75,17 @@ pub struct Cli {
 }
 
 impl Cli {
+    /// What is to be answered, if it is one text.
+    pub fn prompt(&self) -> Result<Option<String>, FileError> {
+        let Some(path) = &self.file else { return Ok(self.prompt.clone()) };
+        let text = match path == Path::new("-") {
+            true => std::io::read_to_string(std::io::stdin()),
+            false => std::fs::read_to_string(path),
+        };
+        let text = text.map_err(|e| FileError::new(path, e))?;
+        Ok(Some(text.strip_suffix('\n').unwrap_or(&text).to_owned()))
+    }
+
     /// Positions of the context.
     pub fn context(&self, cfg: &Qwen2Config) -> usize {
         self.ctx.unwrap_or(cfg.max_position_embeddings.min(DEFAULT_CONTEXT) as usize)

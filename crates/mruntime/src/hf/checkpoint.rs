@@ -14,7 +14,8 @@ use super::{HfError, read_small_file};
 use crate::model::read_at;
 
 const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Which shard has which tensor.
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// The limit that the safetensors format sets itself.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Far more than any Qwen2 checkpoint has; a header of the largest size could list two million.

@@ -6,6 +6,9 @@ use serde::de::IgnoredAny;
 
 use super::{HfError, read_small_file};
 
+/// The model card.
+pub(super) const README: &str = "README.md";
+
 const NAMES: [&str; 9] = [
     "config.json",
     "generation_config.json",
@@ -69,7 +72,7 @@ fn is_section_name(name: &str) -> bool {
 
 /// The value of `license:` in the YAML front matter of README.md, as model cards have it.
 pub(super) fn licence(dir: &Path) -> Result<Option<String>, HfError> {
-    let Some(readme) = read_small_file(&dir.join("README.md"))? else { return Ok(None) };
+    let Some(readme) = read_small_file(&dir.join(README))? else { return Ok(None) };
     Ok(front_matter_licence(&String::from_utf8_lossy(&readme)))
 }
 
