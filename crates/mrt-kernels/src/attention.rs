@@ -2,17 +2,17 @@
 //!
 //! Exact, in three steps: all scores of a row, their softmax, the weighted sum of the values as one chain in ascending
 //! positions. Positions can therefore not be divided among threads; tokens and KV heads can. What a row does not see has
-//! weight 0, which changes no sum.
+//! weight 0, which changes no sum: the cache holds finite numbers only.
 
 use crate::isa::{Isa, dispatch};
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::product::{K_BLOCK, Left, Rhs, Sums, add_products};
 use crate::rows::softmax_lanes;
-use crate::window::Window;
+use crate::window::{Window, span};
 
-/// Positions of a V panel that all rows go through before the next ones: 16 KiB of FP16, which stay in the L1 cache, or
-/// 32 KiB widened.
+/// Positions of a V panel that all rows go through before the next ones: 16 KiB of FP16, or of half the columns widened,
+/// which stay in the L1 cache.
 const V_BLOCK: usize = 256;
 
 /// What attention reads: the queries of one KV group, and the keys and values of its KV head.
@@ -54,11 +54,11 @@ pub fn attention(isa: Isa, group: KvGroup<'_>, out: &mut Window<'_>, scratch: &m
     if out.rows() == 0 || out.columns() == 0 {
         return;
     }
-    let (rows, positions) = (out.rows() * heads, seen + out.rows() - 1);
-    assert!(seen > 0 && out.columns() == heads * head_dim);
+    assert!(seen > 0 && heads.checked_mul(head_dim) == Some(out.columns()));
+    let (rows, positions) = (out.rows() * heads, seen.saturating_add(out.rows() - 1));
     assert!(rows * head_dim <= queries.len(), "queries shorter than their sizes");
-    let keys_len = (panel_count(positions) - 1) * keys.stride + panel_len(head_dim);
-    let values_len = (panel_count(head_dim) - 1) * values.stride + panel_len(positions);
+    let keys_len = span(panel_count(positions), keys.stride, panel_len(head_dim));
+    let values_len = span(panel_count(head_dim), values.stride, panel_len(positions));
     assert!(keys_len <= keys.panels.len() && values_len <= values.panels.len(), "too few panels");
     assert!(scratch.len() >= attention_scratch_len(rows, positions), "scratch too short");
     dispatch!(isa, attend(group: KvGroup<'_>, out: &mut Window<'_>, scratch: &mut [f32]))
@@ -79,7 +79,8 @@ unsafe fn attend<L: Lanes>(group: KvGroup<'_>, out: &mut Window<'_>, scratch: &m
     // the scores `rows` rows of whole panels of positions, the sums `rows` rows of 32.
     unsafe {
         let x = Left { x: queries.as_ptr(), stride: head_dim };
-        for (j, panel) in keys.panels.chunks(keys.stride).take(panel_count(positions)).enumerate() {
+        for j in 0..panel_count(positions) {
+            let panel = &keys.panels[j * keys.stride..];
             let sums = Sums { y: scores.as_mut_ptr().add(j * PANEL), stride };
             add_products::<L>(rows, x, head_dim, panel.as_ptr().add(PANEL), wide, sums);
         }
@@ -88,7 +89,8 @@ unsafe fn attend<L: Lanes>(group: KvGroup<'_>, out: &mut Window<'_>, scratch: &m
             *factor = 1.0 / softmax_lanes::<L>(row);
             future.fill(0.0);
         }
-        for (j, panel) in values.panels.chunks(values.stride).take(panel_count(head_dim)).enumerate() {
+        for j in 0..panel_count(head_dim) {
+            let panel = &values.panels[j * values.stride..];
             sums.fill(0.0);
             for start in (0..positions).step_by(V_BLOCK) {
                 let x = Left { x: scores.as_ptr().add(start), stride };

@@ -46,7 +46,7 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// `p` may be written for 16 f32. No alignment is needed.
     unsafe fn store(self, p: *mut f32);
-    /// Clamps to ±[`F16_MAX`], rounds to nearest even and writes 16 consecutive FP16 numbers.
+    /// Clamps to ±[`F16_MAX`], NaN to [`F16_MAX`], rounds to nearest even and writes 16 consecutive FP16 numbers.
     /// # Safety
     /// `p` may be written for 16 FP16. No alignment is needed.
     unsafe fn narrow(self, p: *mut f16);
@@ -61,9 +61,9 @@ pub(crate) trait Lanes: Copy {
     fn div(self, b: Self) -> Self;
     /// `self * b + c`, rounded once.
     fn fma(self, b: Self, c: Self) -> Self;
-    /// The larger; which of two zeros, or what of a NaN, is not specified.
+    /// The larger; `b` if one of them is NaN, and of two zeros.
     fn max(self, b: Self) -> Self;
-    /// The smaller; which of two zeros, or what of a NaN, is not specified.
+    /// The smaller; `b` if one of them is NaN, and of two zeros.
     fn min(self, b: Self) -> Self;
     /// The bits of each lane moved left by 23, from the low end of the significand into the exponent.
     fn shift_to_exponent(self) -> Self;
@@ -222,6 +222,34 @@ mod tests {
         }
     }
 
+    #[inline(always)]
+    unsafe fn larger_and_smaller<L: Lanes>(a: &[f32; 16], b: &[f32; 16]) -> [[f32; 16]; 2] {
+        let mut out = [[0.0; 16]; 2];
+        // SAFETY: the instruction set is `dispatch!`'s promise; the arrays hold 16.
+        unsafe {
+            let (a, b) = (L::load(a.as_ptr()), L::load(b.as_ptr()));
+            a.max(b).store(out[0].as_mut_ptr());
+            a.min(b).store(out[1].as_mut_ptr());
+        }
+        out
+    }
+
+    #[test]
+    fn the_larger_and_the_smaller_are_the_same_everywhere() {
+        let numbers = [0.0, -0.0, 1.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 2.0];
+        for isa in Isa::supported() {
+            for x in numbers {
+                let (a, b) = (&[x; 16], &std::array::from_fn(|i| numbers[i % numbers.len()]));
+                let [larger, smaller] =
+                    dispatch!(isa, larger_and_smaller(a: &[f32; 16], b: &[f32; 16]) -> [[f32; 16]; 2]);
+                for (i, &b) in b.iter().enumerate() {
+                    let want = [if x > b { x } else { b }, if x < b { x } else { b }];
+                    assert_eq!([larger[i], smaller[i]].map(f32::to_bits), want.map(f32::to_bits), "{x} {b}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn narrowing_rounds_to_nearest_even_and_saturates() {
         for isa in Isa::supported() {
@@ -238,9 +266,11 @@ mod tests {
                     assert_eq!(want.to_bits(), got.to_bits(), "{} {x}", isa.name());
                 }
             }
-            let x: &[f32; 16] = &[1e9; 16];
-            let got: [f16; 16] = dispatch!(isa, narrow_16(x: &[f32; 16]) -> [f16; 16]);
-            assert_eq!(got, [f16::MAX; 16]);
+            for x in [1e9, f32::INFINITY, f32::NAN, -f32::NAN] {
+                let x: &[f32; 16] = &[x; 16];
+                let got: [f16; 16] = dispatch!(isa, narrow_16(x: &[f32; 16]) -> [f16; 16]);
+                assert_eq!(got, [f16::MAX; 16]);
+            }
         }
     }
 }

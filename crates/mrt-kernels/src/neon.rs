@@ -25,6 +25,20 @@ macro_rules! each {
     };
 }
 
+/// FMAX and FMIN would give NaN where one operand is NaN.
+#[inline(always)]
+unsafe fn larger(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+    // SAFETY: the caller promises NEON.
+    unsafe { vbslq_f32(vcgtq_f32(a, b), a, b) }
+}
+
+/// As [`larger`].
+#[inline(always)]
+unsafe fn smaller(a: float32x4_t, b: float32x4_t) -> float32x4_t {
+    // SAFETY: the caller promises NEON.
+    unsafe { vbslq_f32(vcltq_f32(a, b), a, b) }
+}
+
 impl<const FHM: bool> Lanes for Lanes16<FHM> {
     const TILE_ROWS: usize = 6;
     const DIRECT_ROWS: usize = 3;
@@ -91,11 +105,11 @@ impl<const FHM: bool> Lanes for Lanes16<FHM> {
     }
     #[inline(always)]
     fn max(self, b: Self) -> Self {
-        each!(vmaxq_f32, self, b)
+        each!(larger, self, b)
     }
     #[inline(always)]
     fn min(self, b: Self) -> Self {
-        each!(vminq_f32, self, b)
+        each!(smaller, self, b)
     }
     #[inline(always)]
     fn shift_to_exponent(self) -> Self {

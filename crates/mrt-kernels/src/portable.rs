@@ -41,9 +41,11 @@ impl Lanes for Lanes16 {
     }
     #[inline(always)]
     unsafe fn narrow(self, p: *mut f16) {
-        let h = self.0.map(|x| f16::from_f32_const(x.clamp(-F16_MAX, F16_MAX)));
-        // SAFETY: the caller promises room for 16 FP16.
-        unsafe { p.cast::<[f16; 16]>().write_unaligned(h) }
+        // SAFETY: plain numbers; the caller promises room for 16 FP16.
+        unsafe {
+            let v = self.min(Self::splat(F16_MAX)).max(Self::splat(-F16_MAX));
+            p.cast::<[f16; 16]>().write_unaligned(v.0.map(f16::from_f32_const));
+        }
     }
     #[inline(always)]
     fn add(self, b: Self) -> Self {
