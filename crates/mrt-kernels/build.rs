@@ -19,11 +19,11 @@ mod kleidiai {
         let Some(dir) = std::env::var_os("KLEIDIAI_DIR") else {
             return match pkg_config::probe_library("kleidiai") {
                 Ok(_) => Ok(()), // It has told cargo.
-                Err(_) => {
-                    Err("feature `kleidiai` needs an installed KleidiAI library: set KLEIDIAI_DIR to the \
-                     folder that it was installed in; pkg-config does not know `kleidiai` either"
-                        .into())
-                }
+                Err(error) => Err(format!(
+                    "feature `kleidiai` needs an installed KleidiAI library: set KLEIDIAI_DIR to the folder that it \
+                     was installed in; pkg-config says: {}",
+                    error.to_string().replace('\n', " ")
+                )),
             };
         };
         let kinds =

@@ -4,7 +4,7 @@
 use divan::Bencher;
 use divan::counter::BytesCount;
 use half::f16;
-use mrt_kernels::{Isa, add, rms_norm, rope, scale, softmax};
+use mrt_kernels::{Isa, rms_norm, rope, scale, softmax};
 
 const HIDDEN: usize = 896;
 const HEAD_DIM: usize = 64;
@@ -33,12 +33,6 @@ fn rope_head(bencher: Bencher<'_, '_>, isa: &str) {
     let (x, cos, sin) = (vec![0.5; HEAD_DIM], vec![0.8; HEAD_DIM / 2], vec![0.6; HEAD_DIM / 2]);
     let mut out = vec![0.0; HEAD_DIM];
     bench(bencher, isa, 12 * HEAD_DIM, |isa| rope(isa, &x, &cos, &sin, 0.125, &mut out));
-}
-
-#[divan::bench(args = isas(), max_time = 0.5)]
-fn add_hidden(bencher: Bencher<'_, '_>, isa: &str) {
-    let (x, mut out) = (vec![0.5; HIDDEN], vec![0.0; HIDDEN]);
-    bench(bencher, isa, 12 * HIDDEN, |isa| add(isa, &x, &mut out));
 }
 
 /// As sampling does it: the logits divided by the temperature, and their softmax.

@@ -144,8 +144,10 @@ pub const FAST_ROWS: usize = 8;
 pub(crate) const FAST_BLOCK: usize = 64;
 
 /// Packed elements of a row: `k` made even, since units multiply in pairs; on Arm also a scale for each block of inputs.
-pub const fn fast_stride(k: usize) -> usize {
-    k.next_multiple_of(2) + if cfg!(target_arch = "aarch64") { k.div_ceil(FAST_BLOCK) } else { 0 }
+/// `usize::MAX` if there are more.
+pub(crate) const fn fast_stride(k: usize) -> usize {
+    let scales = if cfg!(target_arch = "aarch64") { k.div_ceil(FAST_BLOCK) } else { 0 };
+    k.div_ceil(2).saturating_mul(2).saturating_add(scales)
 }
 
 /// Elements of `rows` packed rows of `k` inputs; `usize::MAX` if there are more.
@@ -160,7 +162,7 @@ pub const fn fast_len(rows: usize, k: usize) -> usize {
 /// is that of `lhs`.
 ///
 /// # Panics
-/// If `rows` are not such rows, `out` does not have [`fast_len`] elements for them and `scales` one for each, or `lhs` is
+/// If `rows` are not such rows, `lhs.k` is 0, `out` does not have [`fast_len`] elements for them and `scales` one for each, or `lhs` is
 /// shorter than its sizes say.
 pub fn pack_fast_rows(lane: FastLane, lhs: Lhs<'_>, rows: Range<usize>, out: &mut [u16], scales: &mut [f32]) {
     assert!(rows.start.is_multiple_of(FAST_ROWS) && rows.end <= lhs.rows, "rows {rows:?} of {}", lhs.rows);

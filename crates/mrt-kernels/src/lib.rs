@@ -35,13 +35,13 @@ mod neon;
 mod portable;
 
 pub use attention::{KvGroup, attention, attention_scratch_len};
-pub use fast::{FAST_ROWS, FastLane, FastLhs, Numerics, fast_len, fast_product, fast_stride, pack_fast_rows};
+pub use fast::{FAST_ROWS, FastLane, FastLhs, Numerics, fast_len, fast_product, pack_fast_rows};
 /// The element type of panels, of the `half` crate.
 pub use half::f16;
 pub use isa::Isa;
-pub use panel::{LANES, PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
+pub use panel::{PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
 pub use peak::{fast_peak, fma_peak, read_peak, read_peak_in_turn};
 pub use product::{Epilogue, Lhs, Rhs, panel_product, product_scratch_len};
-pub use rows::{add, rms_norm, rope, scale, softmax};
-pub use streams::STREAMED_ROWS;
+pub use rows::{rms_norm, rope, scale, softmax};
+pub use streams::streamed_rows;
 pub use window::Window;

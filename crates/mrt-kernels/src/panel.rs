@@ -11,9 +11,9 @@ pub const PANEL: usize = 32;
 /// Lanes of the fixed reduction tree; vectors that operations pad are padded to a multiple of this.
 pub const LANES: usize = 16;
 
-/// FP16 elements of one panel of `k` inputs: the bias row and `k` rows.
+/// FP16 elements of one panel of `k` inputs: the bias row and `k` rows; `usize::MAX` if there are more.
 pub const fn panel_len(k: usize) -> usize {
-    PANEL * (k + 1)
+    k.saturating_add(1).saturating_mul(PANEL)
 }
 
 /// Panels of a product with `n` output columns.

@@ -1,4 +1,5 @@
-//! The matrix product with panels on the right-hand side: GEMV, small batches and GEMM, one code.
+//! The matrix product with panels on the right-hand side: GEMV, small batches and GEMM. Of a few rows, which wait for memory,
+//! see [`streams`](crate::streams).
 //!
 //! Each output is one chain `y = fma(x[k], w[k], y)` in ascending k that starts from the bias. However the work is
 //! cut (into tiles of rows, blocks of k, columns for threads), no chain is reordered; a partial sum that waits
@@ -13,7 +14,7 @@ use crate::lanes::{Element, Lanes};
 use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
 use crate::streams::{STREAMED_ROWS, streamed_product};
-use crate::window::Window;
+use crate::window::{Window, span};
 
 /// Rows of a panel that all rows of the left-hand side pass over before the next ones: 64 KiB of FP16, or of half the
 /// columns widened, which stay in the L2 cache. Shorter blocks would fit the L1 cache, but load and store the sums more
@@ -91,7 +92,7 @@ impl Epilogue {
 
 /// Elements of scratch that [`panel_product`] needs for that many rows.
 pub const fn product_scratch_len(rows: usize) -> usize {
-    K_BLOCK * PANEL + 2 * rows * PANEL
+    rows.saturating_mul(2 * PANEL).saturating_add(K_BLOCK * PANEL)
 }
 
 /// `y[r][n] = epilogue(bias[n] + sum over k of x[r][k] w[k][n])` for all rows of `lhs` and all columns of `y`.
@@ -112,7 +113,7 @@ pub fn panel_product(
         return;
     }
     check_product(lhs.rows, lhs.k, rhs, panels, y, scratch);
-    assert!((lhs.rows - 1) * lhs.stride + lhs.k <= lhs.x.len(), "left-hand side shorter than its sizes");
+    assert!(span(lhs.rows, lhs.stride, lhs.k) <= lhs.x.len(), "left-hand side shorter than its sizes");
     dispatch!(isa, exact(lhs: Lhs<'_>, rhs: Rhs<'_>, epilogue: Epilogue, y: &mut Window<'_>, scratch: &mut [f32]))
 }
 
@@ -126,7 +127,7 @@ pub(crate) fn check_product(
     scratch: &[f32],
 ) {
     assert_eq!(y.rows(), rows);
-    assert!((panels - 1) * rhs.stride + panel_len(k) <= rhs.panels.len(), "too few panels");
+    assert!(span(panels, rhs.stride, panel_len(k)) <= rhs.panels.len(), "too few panels");
     assert!(scratch.len() >= product_scratch_len(rows), "scratch too short");
 }
 
@@ -536,6 +537,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    #[should_panic = "left-hand side shorter than its sizes"]
+    fn sizes_that_overflow_are_refused() {
+        let (x, panels) = ([0.0; 3], vec![f16::ZERO; panel_len(1)]);
+        let (mut y, mut scratch) = ([0.0; 4], vec![0.0; product_scratch_len(4)]);
+        // 3 * stride + 1 is 3 in 64 bits.
+        let lhs = Lhs { x: &x, rows: 4, stride: usize::MAX / 3 + 1, k: 1 };
+        let rhs = Rhs::weights(&panels, 1);
+        panel_product(
+            Isa::PORTABLE,
+            lhs,
+            rhs,
+            Epilogue::Store,
+            &mut Window::new(&mut y, 4, 1, 1),
+            &mut scratch,
+        );
     }
 
     #[test]

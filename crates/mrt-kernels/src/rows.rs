@@ -1,4 +1,4 @@
-//! Operations on rows of activations: RMSNorm, RoPE, softmax, addition, scaling, and SiLU for the products.
+//! Operations on rows of activations: RMSNorm, RoPE, softmax, scaling, and SiLU for the products.
 //!
 //! A row need not be a multiple of 16 long: the last, short group of lanes is padded with a value that does not
 //! change the result.
@@ -36,15 +36,6 @@ pub fn rope(isa: Isa, x: &[f32], cos: &[f32], sin: &[f32], factor: f32, out: &mu
 /// Differences below -80 count as -80 (1.8e-35), so that no weight is subnormal.
 pub fn softmax(isa: Isa, scores: &mut [f32]) -> f32 {
     dispatch!(isa, softmax_lanes(scores: &mut [f32]) -> f32)
-}
-
-/// `out[i] += x[i]`
-///
-/// # Panics
-/// If the lengths differ.
-pub fn add(isa: Isa, x: &[f32], out: &mut [f32]) {
-    assert_eq!(x.len(), out.len());
-    dispatch!(isa, add_lanes(x: &[f32], out: &mut [f32]))
 }
 
 /// `out[i] = x[i] * factor`
@@ -149,15 +140,6 @@ pub(crate) unsafe fn softmax_lanes<L: Lanes>(scores: &mut [f32]) -> f32 {
         store(exp(load::<L>(rest, 0, 0.0).sub(max)), rest, 0);
         // Lanes past the end must add nothing.
         sum.add(load(rest, 0, 0.0)).tree(|a, b| a + b)
-    }
-}
-
-#[inline(always)]
-unsafe fn add_lanes<L: Lanes>(x: &[f32], out: &mut [f32]) {
-    for i in (0..x.len()).step_by(LANES) {
-        // SAFETY: the instruction set is `dispatch!`'s promise.
-        let v = unsafe { load::<L>(out, i, 0.0).add(load(x, i, 0.0)) };
-        store(v, out, i);
     }
 }
 
@@ -284,8 +266,6 @@ mod tests {
                     all.extend_from_slice(&out);
                     let mut out = vec![0.0; 2 * n];
                     rope(isa, &x, &y[..n], &y[n..2 * n], 0.3, &mut out);
-                    all.extend_from_slice(&out);
-                    add(isa, &x, &mut out);
                     all.extend_from_slice(&out);
                     scale(isa, &x, 1.1, &mut out);
                     all.extend_from_slice(&out);

@@ -6,6 +6,7 @@
 
 use half::f16;
 
+use crate::isa::{Isa, dispatch};
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL, panel_count};
 use crate::product::{Epilogue, Left, Lhs, Rhs, Sums, finish, start_from_bias};
@@ -19,8 +20,19 @@ const STREAMS: usize = 4;
 /// bandwidth on Zen 3, with 48 one row has 4 to 6 % less.
 const BLOCK: usize = 24;
 
-/// Rows up to which a product may read four panels at a time. Parts of fewer panels are slower then.
-pub const STREAMED_ROWS: usize = 4;
+/// Rows up to which a product may read four panels at a time.
+pub(crate) const STREAMED_ROWS: usize = 4;
+
+/// Rows up to which products read four panels at a time on that instruction set; 0 if they never do. Parts of fewer panels
+/// are slower then.
+pub fn streamed_rows(isa: Isa) -> usize {
+    dispatch!(isa, rows() -> usize)
+}
+
+/// [`streamed_rows`]; it demands nothing.
+unsafe fn rows<L: Lanes>() -> usize {
+    if L::STREAMS { STREAMED_ROWS } else { 0 }
+}
 
 /// [`panel_product`](crate::panel_product) for at most [`STREAMED_ROWS`] rows.
 ///

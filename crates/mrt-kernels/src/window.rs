@@ -3,6 +3,15 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+/// Elements from the beginning of the first of `count` runs of `len` elements, which start `stride` elements apart, to the
+/// end of the last; `usize::MAX` if there are more.
+pub(crate) const fn span(count: usize, stride: usize, len: usize) -> usize {
+    match count.checked_sub(1) {
+        Some(others) => others.saturating_mul(stride).saturating_add(len),
+        None => 0,
+    }
+}
+
 /// `rows` × `columns` elements of a row-major f32 matrix whose rows are `stride` elements apart.
 ///
 /// It borrows its elements mutably, like a slice; unlike a slice, it can be cut into columns too, so that threads
@@ -28,7 +37,7 @@ impl<'a> Window<'a> {
     /// If the last row ends outside `matrix`, or `columns > stride` where there is more than one row.
     pub fn new(matrix: &'a mut [f32], rows: usize, columns: usize, stride: usize) -> Self {
         assert!(rows <= 1 || columns <= stride, "rows overlap: {columns} columns, stride {stride}");
-        assert!(rows == 0 || (rows - 1) * stride + columns <= matrix.len(), "window outside its matrix");
+        assert!(span(rows, stride, columns) <= matrix.len(), "window outside its matrix");
         Window { first: matrix.as_mut_ptr(), rows, columns, stride, matrix: PhantomData }
     }
 
@@ -76,6 +85,13 @@ impl<'a> Window<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[should_panic = "window outside its matrix"]
+    fn sizes_that_overflow_are_refused() {
+        // 3 * stride + 1 is 3 in 64 bits.
+        Window::new(&mut [0.0; 8], 4, 1, usize::MAX / 3 + 1);
+    }
 
     #[test]
     fn parts_write_their_own_columns() {

@@ -2,8 +2,8 @@
 
 use mrt_kernels::f16;
 use mrt_kernels::{
-    Epilogue, FAST_ROWS, FastLane, FastLhs, Isa, KvGroup, Lhs, Numerics, PANEL, Rhs, STREAMED_ROWS, Window,
-    fast_len, panel_count, panel_len,
+    Epilogue, FAST_ROWS, FastLane, FastLhs, Isa, KvGroup, Lhs, Numerics, PANEL, Rhs, Window, fast_len,
+    panel_count, panel_len,
 };
 
 use crate::kv_cache::{KvShape, v_row};
@@ -16,7 +16,7 @@ const PARTS_PER_THREAD: usize = 16;
 /// The most panels of a part, where there are other threads: a megabyte or so, a fraction of a millisecond.
 const MAX_PART_PANELS: usize = 16;
 
-/// Panels that a part of up to `STREAMED_ROWS` rows has at least, where each thread has as many: four runs of some length.
+/// Panels that a part of up to [`mrt_kernels::streamed_rows`] rows has at least, where each thread has as many: four runs of some length.
 const STREAMED_PANELS: usize = 6;
 
 /// The most rows of a part of an exact product: 1024 inputs of them are 256 KiB, half of a small L2 cache, and stay there
@@ -75,7 +75,8 @@ pub(crate) fn linear(
         Some(_) => lhs.rows,
         None => lhs.rows.div_ceil(lhs.rows.div_ceil(MAX_PART_ROWS)),
     };
-    let panels_of_part = panels_of_part(panel_count(out.columns()), lhs.rows, rows, pool.threads());
+    let least = if lhs.rows <= mrt_kernels::streamed_rows(products.isa) { STREAMED_PANELS } else { 1 };
+    let panels_of_part = panels_of_part(panel_count(out.columns()), least, rows, pool.threads());
     let blocks = Blocks::new(out, rows, panels_of_part * PANEL);
     let across = blocks.across();
     let rhs = Rhs::weights(panels, lhs.k);
@@ -95,15 +96,14 @@ pub(crate) fn linear(
     }
 }
 
-/// How many of `panels` panels of a result of `rows` rows make a part of `part_rows` rows.
-fn panels_of_part(panels: usize, rows: usize, part_rows: usize, threads: usize) -> usize {
+/// How many of `panels` panels make a part of `rows` rows, `least` of them where each thread has as many.
+fn panels_of_part(panels: usize, least: usize, rows: usize, threads: usize) -> usize {
     // One thread waits for nobody, and decodes with 4 to 5 % more of the bandwidth on Zen 3 than in parts.
     if threads == 1 {
         return panels;
     }
     let share = panels.div_ceil(threads);
-    let least = if rows <= STREAMED_ROWS { STREAMED_PANELS } else { 1 };
-    let parts = (share / least).clamp(1, PARTS_PER_THREAD * part_rows);
+    let parts = (share / least).clamp(1, PARTS_PER_THREAD * rows);
     share.div_ceil(parts).min(MAX_PART_PANELS)
 }
 
