@@ -63,6 +63,9 @@ impl SamplingOptions {
     }
 }
 
+/// Where the exponential of softmax ends, e^-80, banned tokens are too: what weighs no more is not chosen.
+const LEAST_WEIGHT: f32 = 2e-35;
+
 /// A token that may be chosen. Its score is first its logit, then its probability relative to that of the most probable
 /// token.
 #[derive(Clone, Copy)]
@@ -142,8 +145,18 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
     let Sampler { candidates, weights, isa, .. } = sampler;
     let per_temperature = 1.0 / options.temperature;
     let top_k = options.top_k as usize;
-    let total = if (1..logits.len()).contains(&top_k) {
+    let few = (1..logits.len()).contains(&top_k);
+    let best = if few {
         largest(logits, top_k, candidates);
+        candidates.first().map_or(0, |c| c.id)
+    } else {
+        argmax(logits)
+    };
+    // Infinite, by itself or divided by a small temperature, it leaves nothing to the others; or all are banned.
+    if !(logits[best as usize] * per_temperature).is_finite() {
+        return best;
+    }
+    let total = if few {
         let weights = &mut weights[..candidates.len()];
         for (weight, c) in weights.iter_mut().zip(candidates.iter()) {
             *weight = c.score * per_temperature;
@@ -159,8 +172,9 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
         let total = mrt_kernels::softmax(*isa, weights);
         // All below the floor together are less than what a nucleus leaves out.
         let floor = (1.0 - options.top_p) * total / logits.len() as f32;
+        let floor = floor.max(options.min_p).max(LEAST_WEIGHT);
         candidates.clear();
-        each_above(weights, floor.max(options.min_p).next_down(), |id, score, floor| {
+        each_above(weights, floor.next_down(), |id, score, floor| {
             candidates.push(Candidate { id: id as u32, score });
             floor
         });
@@ -176,8 +190,8 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
         left -= f64::from(c.score);
         left < 0.0
     });
-    // None if no logit is finite.
-    chosen.map_or_else(|| argmax(logits), |c| c.id)
+    // None by rounding only.
+    chosen.map_or(best, |c| c.id)
 }
 
 /// The first of the largest logits.
@@ -363,7 +377,27 @@ mod tests {
         // Nor do they count: this nucleus is one of two.
         logits[800] = -2.0;
         assert_eq!(counts(SamplingOptions { top_p: 0.7, ..top_k }, &logits, 100)[800], 100);
-        assert_eq!(sample(&mut sampler(top_k, 1000), &mut [f32::NEG_INFINITY; 1000]), 0);
+        // The seed's first random number is 0, which takes the first candidate.
+        let first = SamplingOptions { seed: 17_885_559_969_949_501_885, ..SAMPLE };
+        assert_eq!(sample(&mut sampler(first, 1000), &mut logits.clone()), 700);
+        for options in [SAMPLE, top_k, SamplingOptions { min_p: 0.1, ..SAMPLE }] {
+            assert_eq!(counts(options, &[f32::NEG_INFINITY; 1000], 20)[0], 20);
+            assert_eq!(counts(options, &[f32::NAN; 1000], 20)[0], 20);
+        }
+    }
+
+    #[test]
+    fn an_infinite_logit_is_chosen() {
+        let mut logits = vec![0.0; 1000];
+        logits[700] = f32::INFINITY;
+        let finite: Vec<f32> = (0..1000).map(|i| if i == 700 { 20.0 } else { 1.0 }).collect();
+        for options in
+            [SAMPLE, SamplingOptions { top_k: 50, ..SAMPLE }, SamplingOptions { top_p: 0.9, ..SAMPLE }]
+        {
+            assert_eq!(counts(options, &logits, 20)[700], 20);
+            // Divided by such a temperature every logit is infinite.
+            assert_eq!(counts(SamplingOptions { temperature: 1e-38, ..options }, &finite, 20)[700], 20);
+        }
     }
 
     #[test]
