@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use mrt_format::Qwen2Config;
 
 use crate::error::Error;
-use crate::forward::{Scratch, qwen2_forward};
+use crate::forward::{Scratch, check_ids, qwen2_forward};
 use crate::generate::{GenerateOptions, Generated, qwen2_generate};
 use crate::kv_cache::KvCache;
 use crate::pool::Pool;
@@ -17,7 +17,7 @@ use crate::weights::Qwen2Weights;
 
 /// The state of one conversation. The weights may be shared by any number of sessions.
 pub struct Session<'a> {
-    cfg: Qwen2Config,
+    pub(crate) cfg: Qwen2Config,
     weights: Qwen2Weights<'a>,
     pub(crate) kv: KvCache<'a>,
     pub(crate) scratch: Scratch<'a>,
@@ -89,7 +89,8 @@ impl<'a> Session<'a> {
     /// # Panics
     /// If `kv` was made for another model.
     pub fn fork(&self, mut kv: KvCache<'a>, mut scratch: Scratch<'a>) -> Result<Session<'a>, Error> {
-        if self.tokens.len() > kv.context() {
+        // The last token may have no room; it has none here then, either.
+        if self.kv.len() > kv.context() || self.tokens.len() > kv.context() + 1 {
             let (tokens, context) = (self.tokens.len(), kv.context());
             return Err(Error::ContextFull { tokens, used: 0, context });
         }
@@ -115,6 +116,15 @@ impl<'a> Session<'a> {
         } else {
             Ok(())
         }
+    }
+
+    /// Whether `prompt` can be the text.
+    fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
+        if prompt.is_empty() {
+            return Err(Error::NoTokens);
+        }
+        self.check_room(prompt.len(), 0)?;
+        check_ids(&self.cfg, prompt)
     }
 
     /// Computes the tokens that the cache does not hold, with the logits of the last one.
@@ -151,12 +161,9 @@ pub fn session_feed(session: &mut Session<'_>, tokens: &[u32], pool: &mut Pool) 
 /// number of these tokens is returned.
 ///
 /// # Errors
-/// As [`session_feed`]; the text is then the common prefix.
+/// As [`session_feed`].
 pub fn session_prefill(session: &mut Session<'_>, prompt: &[u32], pool: &mut Pool) -> Result<usize, Error> {
-    if prompt.is_empty() {
-        return Err(Error::NoTokens);
-    }
-    session.check_room(prompt.len(), 0)?;
+    session.check_prompt(prompt)?;
     let reused = session.reusable(prompt);
     session.truncate(reused);
     if reused < prompt.len() {
@@ -199,7 +206,11 @@ pub fn session_next(session: &mut Session<'_>, sampler: &mut Sampler, pool: &mut
 /// longest common prefix) is not computed again: by the numerics contract the answer has the same bits.
 ///
 /// # Errors
-/// When the prompt is empty or does not fit into the context, or a token id is outside the vocabulary.
+/// When the prompt is empty or does not fit into the context, or a token id is outside the vocabulary. The text is then as
+/// it was.
+///
+/// # Panics
+/// When `on_token` does; the session cannot be used any more then.
 pub fn session_generate(
     session: &mut Session<'_>,
     prompt: &[u32],
@@ -208,9 +219,9 @@ pub fn session_generate(
     pool: &mut Pool,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generated, Error> {
-    session.check_room(prompt.len(), 0)?;
+    session.check_prompt(prompt)?;
     // The last token is computed in any case: its logits are wanted.
-    let reused = session.reusable(prompt).min(prompt.len().saturating_sub(1));
+    let reused = session.reusable(prompt).min(prompt.len() - 1);
     session.truncate(reused);
     session.has_logits = false;
     sampler.forget();

@@ -18,13 +18,14 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mrt_format::{Digest, Sha256};
 use mrt_kernels::{PANEL, f16};
 
 use crate::error::Error;
+use crate::forward::check_ids;
 use crate::platform::sync_folder;
 use crate::session::Session;
 
@@ -128,7 +129,8 @@ impl Session<'_> {
     ///
     /// # Errors
     /// When the file cannot be read, is damaged, or is a session of another model, context size or format version. The
-    /// session is then as it was; only when reading fails after the checksum has been checked it is empty.
+    /// session is then as it was; only when reading fails after the checksum has been checked, or a token is outside the
+    /// vocabulary, it is empty.
     pub fn load(&mut self, path: impl AsRef<Path>, root: &Digest) -> Result<(), Error> {
         let path = path.as_ref();
         let io_error = |source| Error::Io { path: path.into(), source };
@@ -164,6 +166,10 @@ impl Session<'_> {
         let result = read(bytemuck::cast_slice_mut(&mut self.tokens)).and_then(|()| {
             let (k, v) = self.kv.pieces_mut(positions);
             k.chain(v).try_for_each(|piece| read(bytemuck::cast_slice_mut(piece)))
+        });
+        // A right checksum says that nothing was damaged, not that a session was written.
+        let result = result.and_then(|()| {
+            check_ids(&self.cfg, &self.tokens).map_err(|error| problem(format!("no session: {error}")))
         });
         match result {
             Ok(()) => self.kv.advance(positions),
@@ -232,11 +238,16 @@ fn checksum_is_right(file: &mut File, bytes: u64) -> io::Result<bool> {
 /// Writes a new file beside `path` with `write`, and gives it that name when it is on the disk.
 fn write_atomically(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().ok_or_else(|| io::Error::other("not the name of a file"))?;
-    let number = COUNT.fetch_add(1, Ordering::Relaxed);
-    let temporary = format!(".{}.{}-{number}.tmp", name.to_string_lossy(), std::process::id());
-    let temporary: PathBuf = path.with_file_name(temporary);
-    let mut file = File::create_new(&temporary)?;
+    path.file_name().ok_or_else(|| io::Error::other("not the name of a file"))?;
+    let (temporary, mut file) = loop {
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let temporary = path.with_file_name(format!(".session.{}-{number}.tmp", std::process::id()));
+        match File::create_new(&temporary) {
+            // Of a process that was killed, and had the same number: in a container all have.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            result => break (temporary, result?),
+        }
+    };
     let written = write(&mut file).and_then(|()| file.sync_all());
     drop(file);
     let named = written.and_then(|()| std::fs::rename(&temporary, path));
@@ -286,6 +297,37 @@ mod tests {
             });
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "temporary files are gone");
+    }
+
+    #[test]
+    fn what_a_killed_process_has_left_is_in_nobodys_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = |number| dir.path().join(format!(".session.{}-{number}.tmp", std::process::id()));
+        (0..1000).for_each(|number| std::fs::write(left(number), "").unwrap());
+        let path = dir.path().join("a".repeat(250));
+        with_session(100, |session, _| session.save(&path, &root()).unwrap());
+        assert!(std::fs::metadata(&path).unwrap().len() > 0);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1001);
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("session");
+        with_session(100, |mut session, pool| {
+            session_feed(&mut session, &tokens(40), pool).unwrap();
+            session.save(&path, &root()).unwrap();
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes[HEADER_BYTES + 4..][..4].copy_from_slice(&u32::MAX.to_le_bytes());
+            let end = bytes.len() - DIGEST_BYTES as usize;
+            let digest = sha256(&bytes[..end]);
+            bytes[end..].copy_from_slice(&digest.0);
+            std::fs::write(&path, bytes).unwrap();
+            let error = session.load(&path, &root()).unwrap_err().to_string();
+            assert!(error.contains("no session: token 4294967295 at index 1 is outside"), "{error}");
+            assert!(session.tokens().is_empty());
+            session_feed(&mut session, &tokens(3), pool).unwrap();
+        });
     }
 
     #[test]
