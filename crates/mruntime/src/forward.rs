@@ -139,7 +139,7 @@ fn worker_len(cfg: &Qwen2Config, limits: &Limits) -> usize {
     attention.max(mrt_kernels::product_scratch_len(limits.batch)).next_multiple_of(32)
 }
 
-/// Cuts the scratch memory out of a zeroed arena and prepares the RoPE frequencies.
+/// Cuts the scratch memory out of an arena and prepares the RoPE frequencies.
 ///
 /// # Errors
 /// When the arena has fewer bytes left than [`qwen2_memory_sizes`] says.
@@ -233,7 +233,8 @@ impl Scratch<'_> {
 /// cache is then as it was.
 ///
 /// # Panics
-/// If `logits` has another length, or `kv` and `scratch` were made for another config or more threads.
+/// If `logits` has another length, `kv` was made for another config or a longer context than `scratch`, or more threads of
+/// the pool work than `scratch` was made for.
 pub fn qwen2_forward(
     cfg: &Qwen2Config,
     weights: &Qwen2Weights<'_>,
@@ -310,6 +311,7 @@ pub fn qwen2_forward_observed(
     mut observe: impl FnMut(Observation<'_>),
 ) -> Result<(), Error> {
     check_tokens(cfg, kv, tokens)?;
+    assert_eq!(kv.shape(), KvShape::new(cfg, kv.context()), "a cache of another config");
     let (hidden, vocab) = (cfg.hidden_size as usize, cfg.vocab_size as usize);
     let (attention, mlp) = (cfg.attention_width(), cfg.intermediate_size as usize);
     let all = logits.len() == tokens.len() * vocab;
@@ -396,6 +398,10 @@ fn check_tokens(cfg: &Qwen2Config, kv: &KvCache<'_>, tokens: &[u32]) -> Result<(
     if tokens.len() > kv.context() - kv.len() {
         return Err(Error::ContextFull { tokens: tokens.len(), used: kv.len(), context: kv.context() });
     }
+    check_ids(cfg, tokens)
+}
+
+pub(crate) fn check_ids(cfg: &Qwen2Config, tokens: &[u32]) -> Result<(), Error> {
     match tokens.iter().position(|&t| t >= cfg.vocab_size) {
         Some(index) => Err(Error::TokenId { id: tokens[index], index, vocab: cfg.vocab_size }),
         None => Ok(()),
@@ -662,6 +668,10 @@ pub(crate) mod tests {
     fn impossible_limits_are_refused_before_anything_is_allocated() {
         let sizes = |context, batch, threads| qwen2_memory_sizes(&CFG, &Limits { context, batch, threads });
         assert!(sizes(0, 1, 1).is_err() && sizes(1, 0, 1).is_err() && sizes(1, 1, 0).is_err());
+        for context in [1 << 60, usize::MAX] {
+            let error = sizes(context, 1, 1).unwrap_err().to_string();
+            assert!(error.contains(&format!("{} bytes", u64::MAX)), "{error}");
+        }
         let error = sizes(1 << 40, 1, 1).unwrap_err().to_string();
         let kv = 2 * 2 * ((1u64 << 35) * 41 + 2 * ((1 << 40) + 1)) * 64;
         assert!(

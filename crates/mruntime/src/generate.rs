@@ -51,11 +51,15 @@ pub struct Generated {
 
 /// Prefills `prompt` at the next positions of `kv`, then generates; `on_token` gets each token and can stop.
 ///
-/// Afterwards `kv` holds the prompt and all new tokens but the last. The sampler is told of new tokens; tokens of the
-/// prompt (for the repetition penalty) are the caller's to [`observe`](Sampler::observe).
+/// Afterwards `kv` holds the prompt and all new tokens but the last, and after [`StopReason::StopToken`] that one too. The
+/// sampler is told of new tokens; tokens of the prompt (for the repetition penalty) are the caller's to
+/// [`observe`](Sampler::observe).
 ///
 /// # Errors
 /// As [`qwen2_forward`], for the prompt: the cache is then as it was.
+///
+/// # Panics
+/// As [`qwen2_forward`], and when `on_token` does; `scratch` cannot be used any more then.
 #[expect(clippy::too_many_arguments, reason = "flat: all state that takes part is named at the call")]
 pub fn qwen2_generate(
     cfg: &Qwen2Config,

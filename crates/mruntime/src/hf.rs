@@ -159,9 +159,16 @@ fn quotable(problem: &str) -> String {
     text
 }
 
-/// The whole of a small regular file; `None` if there is none of this name.
-fn read_small_file(path: &Path) -> Result<Option<Vec<u8>>, HfError> {
+/// The whole of a regular file of at most `limit` bytes; `None` if there is none of this name.
+fn read_small_file(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, HfError> {
     let meta = match std::fs::metadata(path) {
+        // Of the cache of the hub, whose models are links, who copies one may copy the links only.
+        Err(e) if e.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+            return Err(HfError::bad(
+                path,
+                "is a link to a file that is not there; copy the model with cp -L",
+            ));
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         meta => meta.map_err(|e| HfError::io(path, e))?,
     };
@@ -170,13 +177,10 @@ fn read_small_file(path: &Path) -> Result<Option<Vec<u8>>, HfError> {
         return Err(HfError::bad(path, "is not a regular file"));
     }
     let file = File::open(path).map_err(|e| HfError::io(path, e))?;
-    let mut bytes = Vec::with_capacity(meta.len().min(MAX_SMALL_FILE_BYTES) as usize);
-    file.take(MAX_SMALL_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| HfError::io(path, e))?;
-    if bytes.len() as u64 > MAX_SMALL_FILE_BYTES {
-        return Err(HfError::bad(
-            path,
-            format!("is larger than the limit of {} MiB", MAX_SMALL_FILE_BYTES >> 20),
-        ));
+    let mut bytes = Vec::with_capacity(meta.len().min(limit) as usize);
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| HfError::io(path, e))?;
+    if bytes.len() as u64 > limit {
+        return Err(HfError::bad(path, format!("is larger than the limit of {} MiB", limit >> 20)));
     }
     Ok(Some(bytes))
 }
@@ -257,6 +261,24 @@ mod tests {
         let config = dir.path().join("config.json");
         std::fs::write(&config, "{}").unwrap();
         assert!(open(&config).contains("is not a directory"));
+        #[cfg(unix)]
+        for (file, problem) in [
+            ("generation_config.json", "generation_config.json: is a link to a file that is not there"),
+            ("model.safetensors", "model.safetensors: No such file"),
+        ] {
+            let link = dir.path().join(file);
+            std::os::unix::fs::symlink("../blobs/1234", &link).unwrap();
+            std::fs::copy(tiny("tied").join("config.json"), &config).unwrap();
+            let error = open(dir.path());
+            assert!(error.contains(problem), "{error}");
+            std::fs::remove_file(link).unwrap();
+            std::fs::write(&config, "{}").unwrap();
+        }
+        for i in 0..17 {
+            std::fs::write(dir.path().join(format!("LICENSE-{i}")), "").unwrap();
+        }
+        assert!(open(dir.path()).contains("has 17 files LICENSE* and NOTICE*; keep at most 16"));
+        (0..17).for_each(|i| std::fs::remove_file(dir.path().join(format!("LICENSE-{i}"))).unwrap());
         std::fs::write(dir.path().join("tokenizer.json"), "version https://git-lfs.github.com/spec/v1\n")
             .unwrap();
         assert!(open(dir.path()).contains("tokenizer.json: is a Git LFS pointer"));

@@ -1,7 +1,7 @@
 //! The KV cache: FP16 panels, so that attention runs on the same products as the weights do.
 //!
 //! For each layer and KV head, the keys are panels of 32 positions over head_dim inputs, and the values are panels of
-//! 32 dimensions over as many positions as the context has. The bias rows stay zero.
+//! 32 dimensions over as many positions as the context has. The bias rows are there and not used.
 
 use mrt_format::Qwen2Config;
 use mrt_kernels::f16;
@@ -38,7 +38,7 @@ impl KvShape {
 
     /// Elements of the K panels of one head.
     pub fn k_head_len(&self) -> usize {
-        panel_count(self.context) * panel_len(self.head_dim)
+        panel_count(self.context).saturating_mul(panel_len(self.head_dim))
     }
 
     /// Elements of one V panel: its bias row and a row for each position.
@@ -48,7 +48,7 @@ impl KvShape {
 
     /// Elements of the V panels of one head.
     pub fn v_head_len(&self) -> usize {
-        panel_count(self.head_dim) * self.v_panel_len()
+        panel_count(self.head_dim).saturating_mul(self.v_panel_len())
     }
 }
 
@@ -71,8 +71,8 @@ pub fn qwen2_init_kv_cache<'a>(
 ) -> Result<KvCache<'a>, Error> {
     let shape = KvShape::new(cfg, context);
     let heads = shape.layers * shape.heads;
-    let k = arena.alloc(heads * shape.k_head_len())?;
-    let v = arena.alloc(heads * shape.v_head_len())?;
+    let k = arena.alloc(heads.saturating_mul(shape.k_head_len()))?;
+    let v = arena.alloc(heads.saturating_mul(shape.v_head_len()))?;
     Ok(KvCache { k, v, shape, len: 0 })
 }
 
@@ -104,10 +104,11 @@ impl KvCache<'_> {
     /// Takes over all positions of `other`, a cache of the same model.
     ///
     /// # Panics
-    /// If there is no room for them.
+    /// If there is no room for them, or `other` is of another model.
     pub(crate) fn copy_from(&mut self, other: &KvCache<'_>) {
         let len = other.len;
-        assert!(len <= self.context() && self.shape.layers == other.shape.layers);
+        assert!(len <= self.context(), "{len} positions in a context of {}", self.context());
+        assert_eq!(KvShape { context: 0, ..self.shape }, KvShape { context: 0, ..other.shape });
         let (k, v) = self.pieces_mut(len);
         let (other_k, other_v) = other.pieces();
         k.zip(other_k).chain(v.zip(other_v)).for_each(|(to, from)| to.copy_from_slice(from));

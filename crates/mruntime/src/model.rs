@@ -31,7 +31,7 @@ pub enum Backing {
     #[default]
     Map,
     /// In memory of the process's own, in huge pages where the system has them: read in parallel when the model is
-    /// opened. The file is not needed afterwards, except by [`Model::section`].
+    /// opened. The file is not needed afterwards, except by [`Model::section`] and [`Model::verify`].
     Read,
 }
 
@@ -112,7 +112,7 @@ enum WeightArena {
 }
 
 impl Model {
-    /// Opens the file at `path`. The pool is used by [`Backing::Read`] and [`Verify::Full`].
+    /// Opens the file at `path`. The pool is used by [`Backing::Read`], [`Prefault::AtOpen`] and [`Verify::Full`].
     ///
     /// # Errors
     /// When the file cannot be read, breaks a rule of the format, is damaged where it is checked, has not the expected

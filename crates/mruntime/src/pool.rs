@@ -29,7 +29,8 @@ const SPIN: Duration = Duration::from_micros(50);
 /// Spins between two looks at the clock, which costs as much as some of them.
 const SPINS_PER_CLOCK: u32 = 32;
 
-/// A fork-join pool; see the [module documentation](self).
+/// A fork-join pool; see the [module documentation](self). It belongs to its process: a child made by `fork` has none of
+/// its threads, and makes a pool of its own.
 pub struct Pool {
     shared: Arc<Shared>,
     /// Worker `w` is `handles[w - 1]`; worker 0 is whoever calls.

@@ -10,7 +10,7 @@ use mrt_format::{Qwen2Config, SourceDtype, SourceTensor, TensorSource, qwen2_sou
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
-use super::{HfError, read_small_file};
+use super::{HfError, MAX_SMALL_FILE_BYTES, read_small_file};
 use crate::model::read_at;
 
 const SINGLE_FILE: &str = "model.safetensors";
@@ -301,11 +301,11 @@ struct Index {
 impl Index {
     /// A single file is preferred to an index beside it, as transformers does.
     fn read(dir: &Path) -> Result<Self, HfError> {
-        if dir.join(SINGLE_FILE).exists() {
+        if dir.join(SINGLE_FILE).symlink_metadata().is_ok() {
             return Ok(Index { files: vec![SINGLE_FILE.into()], map: None });
         }
         let path = dir.join(INDEX_FILE);
-        let Some(json) = read_small_file(&path)? else {
+        let Some(json) = read_small_file(&path, MAX_SMALL_FILE_BYTES)? else {
             let problem =
                 format!("has neither {SINGLE_FILE} nor {INDEX_FILE}; the weights must be safetensors");
             return Err(HfError::bad(dir, problem));

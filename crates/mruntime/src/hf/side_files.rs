@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::de::IgnoredAny;
 
-use super::{HfError, read_small_file};
+use super::{HfError, MAX_SMALL_FILE_BYTES, read_small_file};
 
 /// The model card.
 pub(super) const README: &str = "README.md";
@@ -23,6 +23,9 @@ const NAMES: [&str; 9] = [
 
 /// Licences ask to be passed on with the work, and Apache-2.0 asks the same for its notices.
 const LICENCE_PREFIXES: [&str; 2] = ["LICENSE", "NOTICE"];
+
+const MAX_LICENCES: usize = 16;
+const MAX_LICENCE_BYTES: u64 = 4 << 20;
 
 /// A file of the model directory with its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,13 +49,19 @@ pub(super) fn read(dir: &Path) -> Result<Vec<SideFile>, HfError> {
             licences.push(name);
         }
     }
+    if licences.len() > MAX_LICENCES {
+        let count = licences.len();
+        let problem = format!("has {count} files LICENSE* and NOTICE*; keep at most {MAX_LICENCES} of them");
+        return Err(HfError::bad(dir, problem));
+    }
     licences.sort();
     names.extend(licences);
 
     let mut files = Vec::new();
-    for name in names {
+    for (i, name) in names.into_iter().enumerate() {
         let path = dir.join(&name);
-        let Some(bytes) = read_small_file(&path)? else { continue };
+        let limit = if i < NAMES.len() { MAX_SMALL_FILE_BYTES } else { MAX_LICENCE_BYTES };
+        let Some(bytes) = read_small_file(&path, limit)? else { continue };
         if bytes.starts_with(b"version https://git-lfs") {
             return Err(HfError::bad(&path, "is a Git LFS pointer, not the file; run `git lfs pull`"));
         }
@@ -72,7 +81,7 @@ fn is_section_name(name: &str) -> bool {
 
 /// The value of `license:` in the YAML front matter of README.md, as model cards have it.
 pub(super) fn licence(dir: &Path) -> Result<Option<String>, HfError> {
-    let Some(readme) = read_small_file(&dir.join(README))? else { return Ok(None) };
+    let Some(readme) = read_small_file(&dir.join(README), MAX_SMALL_FILE_BYTES)? else { return Ok(None) };
     Ok(front_matter_licence(&String::from_utf8_lossy(&readme)))
 }
 
