@@ -2,6 +2,7 @@
 # Runs tests for 64-bit Arm on an x86-64 Debian or Ubuntu machine, under qemu's user-mode emulation.
 #
 #   tests/arm64.sh                          all below
+#   tests/arm64.sh --build                  what all below needs, without running it
 #   tests/arm64.sh -p mrt-kernels rms_norm  any other `cargo test` arguments, and no more
 #   tests/arm64.sh --run COMMAND...         a command that cross-compiles, with the compilers in its environment
 #
@@ -72,15 +73,19 @@ on() {
     cargo test --target "$target" --target-dir "${CARGO_TARGET_DIR:-target}/arm64" "${@:2}"
 }
 
-if (($#)); then
+if (($#)) && [[ $1 != --build ]]; then
     for cpu in ${ARM64_CPUS:-max}; do
         on "$cpu" "$@"
     done
     exit
 fi
-models/get_smollm2.py >&2
 # Features depend on which packages are named. With the same ones in each call, what all share is built once.
 packages=(-p mrt-format -p mrt-kernels -p mruntime -p mruntime-tests)
+if (($#)); then
+    on max --no-run --lib --test bits --test fast_lane "${packages[@]}"
+    exit
+fi
+models/get_smollm2.py >&2
 for cpu in max cortex-a53; do
     on "$cpu" --lib --test bits "${packages[@]}"
 done

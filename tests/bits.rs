@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use mruntime::Isa;
-use mruntime_tests::{Run, TinyModel, bits, goldens, logits, read_f32, smollm2, with_model};
+use mruntime_tests::{Run, TinyModel, bits, goldens, logits, read_f32, smollm2_weights, with_model};
 
 /// The logits after each prompt, f32 little-endian `[prompts][vocab]`.
 fn stored(model: &TinyModel) -> PathBuf {
@@ -35,10 +35,10 @@ fn stored_real() -> PathBuf {
 
 /// Those logits: all tokens but the last are prefilled, the last is decoded.
 fn real_logits(isa: Isa) -> Vec<f32> {
-    let model = smollm2();
-    let mut logits = vec![0.0; model.config().vocab_size as usize];
+    let (cfg, weights) = smollm2_weights();
+    let mut logits = vec![0.0; cfg.vocab_size as usize];
     let run = Run { isa, ..Run::usual() };
-    with_model(model.config(), model.arena(), REAL_PROMPT.len(), run, |mut ready| {
+    with_model(cfg, weights.bytes(), REAL_PROMPT.len(), run, |mut ready| {
         let (last, first) = REAL_PROMPT.split_last().unwrap();
         ready.forward(first, &mut []);
         ready.forward(&[*last], &mut logits);

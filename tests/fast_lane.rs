@@ -4,7 +4,7 @@
 
 use mruntime::{FastLane, Isa, Numerics};
 use mruntime_tests::smollm2_golden::Golden;
-use mruntime_tests::{Run, kl_divergence, smollm2, with_model};
+use mruntime_tests::{Run, kl_divergence, smollm2_weights, with_model};
 
 /// By the manuals of the processors that qemu plays, whose name it reads from the same variable.
 fn expected_lane() -> Option<&'static str> {
@@ -26,13 +26,13 @@ fn the_fast_lane_predicts_as_transformers_does_in_float32() {
         println!("{} has no fast lane", Isa::detect().name());
         return;
     };
-    let model = smollm2();
+    let (cfg, weights) = smollm2_weights();
     let prompt = Golden::read().prompts.into_iter().find(|prompt| prompt.name == "raw17").unwrap();
     let (last, first) = prompt.ids.split_last().unwrap();
     assert!(lane.takes(first.len()));
 
     let mut ours = vec![0.0; prompt.logits.len()];
-    with_model(model.config(), model.arena(), first.len() + 1, run, |mut ready| {
+    with_model(cfg, weights.bytes(), first.len() + 1, run, |mut ready| {
         ready.scratch.set_numerics(Numerics::Fast(lane));
         ready.forward(first, &mut []);
         ready.forward(&[*last], &mut ours);

@@ -111,19 +111,38 @@ pub fn smollm2() -> &'static Model {
     })
 }
 
+/// SmolLM2-135M-Instruct's config and its weights, packed straight from safetensors once in this process: under emulation a
+/// conversion, which hashes all bytes twice, takes a minute.
+///
+/// # Panics
+/// If nobody has fetched it.
+pub fn smollm2_weights() -> &'static (Qwen2Config, Arena) {
+    static MODEL: OnceLock<(Qwen2Config, Arena)> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let dir = smollm2_dir();
+        (dir.config, qwen2_load_weights(&dir, &mut Pool::new(2).unwrap()).unwrap())
+    })
+}
+
+fn models() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models")
+}
+
+fn smollm2_dir() -> Qwen2Dir {
+    Qwen2Dir::open(&models().join("SmolLM2-135M-Instruct")).unwrap_or_else(|e| {
+        panic!("{e}\nrun tests/run.sh, or models/get_smollm2.py, which fetches the model")
+    })
+}
+
 /// SmolLM2-135M-Instruct as a file, which is removed with the folder.
 ///
 /// # Panics
 /// If nobody has fetched it.
 pub fn smollm2_file() -> (tempfile::TempDir, PathBuf) {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
-    let dir = Qwen2Dir::open(&models.join("SmolLM2-135M-Instruct")).unwrap_or_else(|e| {
-        panic!("{e}\nrun tests/run.sh, or models/get_smollm2.py, which fetches the model")
-    });
     // Not in the system's folder for temporary files, which may be in memory.
-    let folder = tempfile::tempdir_in(models).unwrap();
+    let folder = tempfile::tempdir_in(models()).unwrap();
     let path = folder.path().join("smollm2.mrt");
-    convert(&dir, &path, 2);
+    convert(&smollm2_dir(), &path, 2);
     (folder, path)
 }
 

@@ -138,7 +138,9 @@ fn bad_tokens_are_named_and_leave_nothing_behind() {
     fs::write(&ids, "[1]").unwrap();
     let missing = dir.path().join("missing/out.bin");
     assert!(logits(&missing).contains("missing/out.bin: cannot be written"));
-    assert!(logits(dir.path()).contains("cannot be written: not a regular file"));
+    assert!(logits(dir.path()).contains("is a directory; name the file to write"));
+    assert!(logits(&ids).contains("ids.json: is read to make the new file"));
+    assert_eq!(fs::read(&ids).unwrap(), b"[1]");
     assert_eq!(fs::read(&out).unwrap(), b"old");
     let mut names: Vec<_> =
         fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

@@ -133,6 +133,15 @@ fn one_answer_is_what_the_library_generates() {
     assert!(stderr.starts_with(&format!("prompt: {} tokens, ", prompt.len())), "{stderr}");
     assert!(stderr.contains("; generation: 12 tokens, ") && stderr.contains(" tokens/s\n"), "{stderr}");
 
+    // What the program says beside the answer is nobody's loss.
+    #[cfg(target_os = "linux")]
+    {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mruntime_chat"));
+        command.args(["--model-dir", model.dir(), "-p", "hi there"]).args(SHORT);
+        command.stderr(fs::File::options().write(true).open("/dev/full").unwrap());
+        assert_eq!(stdout(command.output().unwrap()), expected);
+    }
+
     let file = model.convert();
     let file = file.to_str().unwrap();
     for args in [&["-m", file, "--greedy"][..], &["-m", file, "--verify"], &["-m", file, "--threads", "1"]] {
@@ -147,6 +156,14 @@ fn raw_continues_the_text() {
     let answer = |text: &str| model.shown(&model.continuation(&model.encode(text)));
     let args = [&["--raw"], SHORT.as_slice()].concat();
     assert_eq!(stdout(model.chat(&[&args[..], &["-p", "the user"]].concat(), "")), answer("the user"));
+    // A text of several lines, from a file or standard input.
+    let file = model.dir.path().join("prompt.txt");
+    fs::write(&file, "the user\nthe\n").unwrap();
+    let expected = answer("the user\nthe");
+    let file = file.to_str().unwrap();
+    assert_eq!(stdout(model.chat(&[&args[..], &["-f", file]].concat(), "ignored")), expected);
+    assert_eq!(stdout(model.chat(&[&args[..], &["-f", "-"]].concat(), "the user\nthe")), expected);
+    assert!(error(&model.chat(&["-f", "gone.txt"], "")).contains("gone.txt: No such file"));
     // Each line by itself, whatever went before.
     let expected = [answer("the user"), answer("the"), answer("the user")].concat();
     assert_eq!(stdout(model.chat(&args, "the user\nthe\nthe user\n")), expected);
