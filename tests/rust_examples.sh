@@ -64,7 +64,7 @@ awk 'NR > 1 && $1 == NR - 2 && $2 > 0 && $3 > -1 && $3 < 1 { n++ } END { exit n 
 
 # The longest context that a budget allows; nothing for less.
 "$bin/memory_budget" "$model" 60 >"$work/budget"
-awk '$1 + 0 && $2 + $3 <= 60 { fits = $1 } /^allocated/ { exit $NF != fits }' "$work/budget" ||
+awk '$1 + 0 && $2 + $3 <= 60 { fits = $1 } /^allocated/ { as_told = $NF == fits } END { exit !as_told }' "$work/budget" ||
     fail "memory_budget: $(<"$work/budget")"
 refused "no context fits into the budget" "$bin/memory_budget" "$model" 1
 
