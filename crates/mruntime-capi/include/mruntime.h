@@ -7,7 +7,8 @@
  *   Output parameters are then as they were, if nothing else is said.
  * - A pointer may be NULL only where this is said; a null pointer elsewhere gives MRUNTIME_INVALID_ARGUMENT. Texts
  *   are UTF-8; those without a length end with a zero byte.
- * - Structures begin with their size: set it to sizeof, and all that is not used to 0. So structures can grow.
+ * - Structures begin with their size: set it to sizeof, and all that is not used to 0. So structures can grow. Only
+ *   mruntime_message has no size, and is fixed.
  * - A buffer has a capacity; the length that is needed is returned whether the buffer is large enough or not. A null
  *   buffer asks for the length only.
  * - Threads: a model may be used by any number of threads at the same time. A session is for one thread at a time: a
@@ -60,20 +61,6 @@ typedef enum mruntime_status {
     MRUNTIME_INTERNAL = 12,
 } mruntime_status;
 
-// Why generation ended.
-typedef enum mruntime_stop {
-    // As many tokens as allowed were generated.
-    MRUNTIME_STOP_MAX_TOKENS = 0,
-    // The model ended its answer.
-    MRUNTIME_STOP_TOKEN = 1,
-    // The context has no room for another token.
-    MRUNTIME_STOP_CONTEXT_FULL = 2,
-    // The callback said so.
-    MRUNTIME_STOP_CALLBACK = 3,
-    // mruntime_session_cancel was called.
-    MRUNTIME_STOP_CANCELLED = 4,
-} mruntime_stop;
-
 #if defined(MRUNTIME_TEXT)
 // What becomes of special tokens, such as <|im_end|>, that stand in a text.
 typedef enum mruntime_special {
@@ -87,6 +74,20 @@ typedef enum mruntime_special {
 #endif
 } mruntime_special;
 #endif
+
+// Why generation ended.
+typedef enum mruntime_stop {
+    // As many tokens as allowed were generated.
+    MRUNTIME_STOP_MAX_TOKENS = 0,
+    // The model ended its answer.
+    MRUNTIME_STOP_TOKEN = 1,
+    // The context has no room for another token.
+    MRUNTIME_STOP_CONTEXT_FULL = 2,
+    // The callback said so.
+    MRUNTIME_STOP_CALLBACK = 3,
+    // mruntime_session_cancel was called.
+    MRUNTIME_STOP_CANCELLED = 4,
+} mruntime_stop;
 
 // An open model.
 typedef struct mruntime_model mruntime_model;
@@ -208,16 +209,18 @@ typedef int32_t (*mruntime_on_token)(void *user, uint32_t token);
 
 // What mruntime_session_generate did.
 typedef struct mruntime_generated {
+    // sizeof(mruntime_generated)
+    size_t size;
     // Tokens that were handed to the callback.
     uint64_t tokens;
-    // Why it ended.
-    enum mruntime_stop stop;
+    // Why it ended: an mruntime_stop.
+    uint32_t stop;
     // The token that ended it, if the model did.
     uint32_t stop_token;
 } mruntime_generated;
 
 #if defined(MRUNTIME_TEXT)
-// One message of a conversation.
+// One message of a conversation. It stands in arrays, so it has no size and never grows.
 typedef struct mruntime_message {
     // "system", "user" or "assistant".
     const char *role;

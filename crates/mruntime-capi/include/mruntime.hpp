@@ -83,7 +83,8 @@ public:
         auto call = [](void *user, const char *utf8, std::size_t length) -> std::int32_t {
             return !(*static_cast<std::function<bool(std::string_view)> *>(user))({utf8, length});
         };
-        mruntime_generated done;
+        mruntime_generated done{};
+        done.size = sizeof done;
         check(mruntime_session_generate_text(get(), max_tokens, call, &on_text, &done));
         return done;
     }

@@ -128,10 +128,9 @@ pub struct mruntime_memory {
 
 /// Why generation ended.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum mruntime_stop {
     /// As many tokens as allowed were generated.
-    #[default]
     MRUNTIME_STOP_MAX_TOKENS = 0,
     /// The model ended its answer.
     MRUNTIME_STOP_TOKEN = 1,
@@ -147,10 +146,12 @@ pub enum mruntime_stop {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct mruntime_generated {
+    /// sizeof(mruntime_generated)
+    pub size: usize,
     /// Tokens that were handed to the callback.
     pub tokens: u64,
-    /// Why it ended.
-    pub stop: mruntime_stop,
+    /// Why it ended: an mruntime_stop.
+    pub stop: u32,
     /// The token that ended it, if the model did.
     pub stop_token: u32,
 }
@@ -180,6 +181,8 @@ unsafe impl WithSize for mruntime_sampling {}
 unsafe impl WithSize for mruntime_info {}
 // SAFETY: as above.
 unsafe impl WithSize for mruntime_memory {}
+// SAFETY: as above.
+unsafe impl WithSize for mruntime_generated {}
 
 /// One of `values`, by its number.
 fn choice<T: Copy>(name: &str, number: u32, values: &[T]) -> Result<T, Failure> {

@@ -162,7 +162,10 @@ pub(crate) unsafe fn write_sized<T: WithSize>(pointer: *mut T, value: T, name: &
 }
 
 /// The size that a structure says it has.
-unsafe fn sized<T>(pointer: *const T, name: &str) -> Result<usize, Failure> {
+///
+/// # Safety
+/// If not null, `pointer` points at a size.
+pub(crate) unsafe fn sized<T>(pointer: *const T, name: &str) -> Result<usize, Failure> {
     check_pointer(pointer, name)?;
     // SAFETY: not null and aligned; that a size stands there is the caller's promise.
     let size = unsafe { pointer.cast::<usize>().read() };

@@ -12,7 +12,7 @@ use mruntime::{
 
 use crate::model::{Shared, close, mruntime_model};
 use crate::options::{mruntime_generated, mruntime_sampling, mruntime_session_options, mruntime_stop};
-use crate::pointers::{c_text, check_pointer, fill, read_sized, reference, slice, store};
+use crate::pointers::{c_text, check_pointer, fill, read_sized, reference, sized, slice, store, write_sized};
 use crate::status::{Failure, guard, mruntime_status};
 
 /// A text, with its KV cache.
@@ -127,25 +127,26 @@ impl State {
         cancel: &AtomicBool,
         mut on_token: impl FnMut(u32) -> bool,
     ) -> Result<mruntime_generated, Failure> {
-        let mut done = mruntime_generated::default();
+        let stop = mruntime_stop::MRUNTIME_STOP_MAX_TOKENS as u32;
+        let mut done = mruntime_generated { stop, ..Default::default() };
         while done.tokens < max_tokens {
             if cancel.load(Ordering::Relaxed) {
-                done.stop = mruntime_stop::MRUNTIME_STOP_CANCELLED;
+                done.stop = mruntime_stop::MRUNTIME_STOP_CANCELLED as u32;
                 break;
             }
             if self.session.tokens().len() > self.session.context() {
-                done.stop = mruntime_stop::MRUNTIME_STOP_CONTEXT_FULL;
+                done.stop = mruntime_stop::MRUNTIME_STOP_CONTEXT_FULL as u32;
                 break;
             }
             let token = self.next()?;
             if self.shared.stop_tokens.contains(&token) {
                 self.session.truncate(self.session.tokens().len() - 1);
-                (done.stop, done.stop_token) = (mruntime_stop::MRUNTIME_STOP_TOKEN, token);
+                (done.stop, done.stop_token) = (mruntime_stop::MRUNTIME_STOP_TOKEN as u32, token);
                 break;
             }
             done.tokens += 1;
             if !on_token(token) {
-                done.stop = mruntime_stop::MRUNTIME_STOP_CALLBACK;
+                done.stop = mruntime_stop::MRUNTIME_STOP_CALLBACK as u32;
                 break;
             }
         }
@@ -426,9 +427,12 @@ pub unsafe extern "C" fn mruntime_session_generate(
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let (mut state, cancel) = reference(session, "session")?.start()?;
+        if !generated.is_null() {
+            sized(generated, "generated")?;
+        }
         let go_on = |token| on_token.is_none_or(|on_token| on_token(user, token) == 0);
         let done = state.generate(max_tokens, cancel, go_on)?;
-        if generated.is_null() { Ok(()) } else { store(generated, done, "generated") }
+        if generated.is_null() { Ok(()) } else { write_sized(generated, done, "generated") }
     })
 }
 

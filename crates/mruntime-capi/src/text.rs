@@ -8,7 +8,7 @@ use mruntime_text::{ChatTemplate, SpecialTokens, StreamDecoder, TextError, Token
 
 use crate::model::{Shared, mruntime_model};
 use crate::options::mruntime_generated;
-use crate::pointers::{c_text, fill, reference, slice, store, text};
+use crate::pointers::{c_text, fill, reference, sized, slice, text, write_sized};
 use crate::session::mruntime_session;
 use crate::status::{Failure, guard, mruntime_status};
 
@@ -120,7 +120,7 @@ pub unsafe extern "C" fn mruntime_detokenize(
     })
 }
 
-/// One message of a conversation.
+/// One message of a conversation. It stands in arrays, so it has no size and never grows.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct mruntime_message {
@@ -196,6 +196,9 @@ pub unsafe extern "C" fn mruntime_session_generate_text(
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let (mut state, cancel) = reference(session, "session")?.start()?;
+        if !generated.is_null() {
+            sized(generated, "generated")?;
+        }
         let shared = std::sync::Arc::clone(&state.shared);
         let mut decoder = StreamDecoder::new(shared.tokenizer()?, true);
         let mut piece = Vec::new();
@@ -208,6 +211,6 @@ pub unsafe extern "C" fn mruntime_session_generate_text(
         };
         let done = state.generate(max_tokens, cancel, |token| give(decoder.push(token)))?;
         give(decoder.finish());
-        if generated.is_null() { Ok(()) } else { store(generated, done, "generated") }
+        if generated.is_null() { Ok(()) } else { write_sized(generated, done, "generated") }
     })
 }

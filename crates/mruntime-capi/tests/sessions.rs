@@ -38,15 +38,15 @@ fn a_session_refuses_a_second_call_can_be_cancelled_and_goes_on() {
     let session = setup.session;
     let mut seen = Seen { session, tokens: Vec::new(), nested: None, cancel_at: 5 };
     let user: *mut c_void = (&raw mut seen).cast();
-    let mut done = mruntime_generated::default();
+    let mut done = mruntime_generated { size: size_of::<mruntime_generated>(), ..Default::default() };
     // SAFETY: valid pointers.
     unsafe {
         assert_eq!(mruntime_session_feed(session, [100, 101, 102].as_ptr(), 3), MRUNTIME_OK);
         assert_eq!(mruntime_session_generate(session, 20, Some(note), user, &mut done), MRUNTIME_OK);
-        assert_eq!((done.tokens, done.stop), (5, mruntime_stop::MRUNTIME_STOP_CANCELLED));
+        assert_eq!((done.tokens, done.stop), (5, mruntime_stop::MRUNTIME_STOP_CANCELLED as u32));
         assert_eq!(seen.nested, Some(MRUNTIME_BUSY));
         assert_eq!(mruntime_session_generate(session, 4, Some(note), user, &mut done), MRUNTIME_OK);
-        assert_eq!((done.tokens, done.stop), (4, mruntime_stop::MRUNTIME_STOP_MAX_TOKENS));
+        assert_eq!((done.tokens, done.stop), (4, mruntime_stop::MRUNTIME_STOP_MAX_TOKENS as u32));
         // The same in one go, in a session that outlives its model's handle.
         let mut fork = null_mut();
         assert_eq!(mruntime_session_truncate(session, 3), MRUNTIME_OK);
@@ -122,7 +122,7 @@ fn another_thread_cancels_a_running_generate_and_it_goes_on_as_if_nothing_had_be
         assert_eq!(mruntime_session_fork(session.0, &mut fork), MRUNTIME_OK);
     }
     let meeting = Meeting { tokens: AtomicUsize::new(0), barrier: Barrier::new(2) };
-    let mut done = mruntime_generated::default();
+    let mut done = mruntime_generated { size: size_of::<mruntime_generated>(), ..Default::default() };
     std::thread::scope(|scope| {
         scope.spawn(|| {
             meeting.barrier.wait();
@@ -135,7 +135,7 @@ fn another_thread_cancels_a_running_generate_and_it_goes_on_as_if_nothing_had_be
             unsafe { mruntime_session_generate(session.0, 300, Some(meet_at_the_fifth), user, &mut done) };
         assert_eq!(status, MRUNTIME_OK, "{}", last_error());
     });
-    assert_eq!((done.tokens, done.stop), (5, mruntime_stop::MRUNTIME_STOP_CANCELLED));
+    assert_eq!((done.tokens, done.stop), (5, mruntime_stop::MRUNTIME_STOP_CANCELLED as u32));
     assert_eq!(text(session.0).len(), 7);
     assert_eq!(continued(session.0, 5), continued(fork, 10));
     // SAFETY: a handle of the interface.
