@@ -204,7 +204,8 @@ typedef struct mruntime_memory {
     uint64_t scratch;
 } mruntime_memory;
 
-// Gets each new token. Returns 0 to go on. It must return: no exception and no longjmp may leave it.
+// Gets each new token. Returns 0 to go on; after another number it is not called again. It must return: no exception and no
+// longjmp may leave it.
 typedef int32_t (*mruntime_on_token)(void *user, uint32_t token);
 
 // What mruntime_session_generate did.
@@ -230,8 +231,8 @@ typedef struct mruntime_message {
 #endif
 
 #if defined(MRUNTIME_TEXT)
-// Gets the text of an answer in pieces: whole characters, `length` bytes and a zero byte. Returns 0 to go on. It must
-// return: no exception and no longjmp may leave it.
+// Gets the text of an answer in pieces: whole characters, `length` bytes and a zero byte. Returns 0 to go on; after
+// another number it is not called again. It must return: no exception and no longjmp may leave it.
 typedef int32_t (*mruntime_on_text)(void *user, const char *utf8, size_t length);
 #endif
 

@@ -409,7 +409,8 @@ pub unsafe extern "C" fn mruntime_session_next(
     })
 }
 
-/// Gets each new token. Returns 0 to go on. It must return: no exception and no longjmp may leave it.
+/// Gets each new token. Returns 0 to go on; after another number it is not called again. It must return: no exception and no
+/// longjmp may leave it.
 pub type mruntime_on_token = Option<unsafe extern "C" fn(user: *mut c_void, token: u32) -> i32>;
 
 /// Generates up to `max_tokens` tokens after the text and appends them to it. `on_token`, which gets `user`, may be NULL.

@@ -7,7 +7,7 @@ use mruntime::Model;
 use mruntime_text::{ChatTemplate, SpecialTokens, StreamDecoder, TextError, Tokenizer};
 
 use crate::model::{Shared, mruntime_model};
-use crate::options::mruntime_generated;
+use crate::options::{mruntime_generated, mruntime_stop};
 use crate::pointers::{c_text, fill, reference, sized, slice, text, write_sized};
 use crate::session::mruntime_session;
 use crate::status::{Failure, guard, mruntime_status};
@@ -177,8 +177,8 @@ pub unsafe extern "C" fn mruntime_session_feed_text(
     })
 }
 
-/// Gets the text of an answer in pieces: whole characters, `length` bytes and a zero byte. Returns 0 to go on. It must
-/// return: no exception and no longjmp may leave it.
+/// Gets the text of an answer in pieces: whole characters, `length` bytes and a zero byte. Returns 0 to go on; after
+/// another number it is not called again. It must return: no exception and no longjmp may leave it.
 pub type mruntime_on_text =
     Option<unsafe extern "C" fn(user: *mut c_void, utf8: *const c_char, length: usize) -> i32>;
 
@@ -210,7 +210,9 @@ pub unsafe extern "C" fn mruntime_session_generate_text(
             on_text(user, piece.as_ptr().cast(), text.len()) == 0
         };
         let done = state.generate(max_tokens, cancel, |token| give(decoder.push(token)))?;
-        give(decoder.finish());
+        if done.stop != mruntime_stop::MRUNTIME_STOP_CALLBACK as u32 {
+            give(decoder.finish());
+        }
         if generated.is_null() { Ok(()) } else { write_sized(generated, done, "generated") }
     })
 }

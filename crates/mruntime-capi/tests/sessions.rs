@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 use std::ptr::null_mut;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -230,4 +230,41 @@ fn numerics_are_a_sessions_own_and_go_with_its_forks_and_files() {
         // SAFETY: handles of the interface.
         unsafe { mruntime_session_close(session) };
     }
+}
+
+extern "C" fn stop_at_once(user: *mut c_void, _: *const c_char, _: usize) -> i32 {
+    // SAFETY: the test passes a number.
+    unsafe { *user.cast::<u32>() += 1 };
+    1
+}
+
+#[test]
+fn a_callback_that_said_stop_is_not_called_again_for_what_its_token_left_over() {
+    // The tokens of the first bytes of characters of several bytes. After two of them there is a U+FFFD to be given out, and
+    // the beginning of another character left.
+    let first_bytes = 0xC2..=0xF4;
+    let setup = Setup::new();
+    let session = setup.session;
+    let mut left_over = 0;
+    for seed in 0..64 {
+        let size = size_of::<mruntime_sampling>();
+        let sampling = mruntime_sampling { size, seed, temperature: 1.0, ..Default::default() };
+        let (mut logits, mut count, mut calls) = (null_mut(), 0, 0u32);
+        let mut done = mruntime_generated { size: size_of::<mruntime_generated>(), ..Default::default() };
+        // SAFETY: valid pointers; the logits are written while they are valid.
+        unsafe {
+            assert_eq!(mruntime_session_prefill(session, [100].as_ptr(), 1, null_mut()), MRUNTIME_OK);
+            assert_eq!(mruntime_session_set_sampling(session, &sampling), MRUNTIME_OK);
+            assert_eq!(mruntime_session_logits(session, &mut logits, &mut count), MRUNTIME_OK);
+            std::slice::from_raw_parts_mut(logits, count)[0xE4] = 1000.0;
+            let user = (&raw mut calls).cast();
+            let status = mruntime_session_generate_text(session, 8, Some(stop_at_once), user, &mut done);
+            assert_eq!(status, MRUNTIME_OK, "{}", last_error());
+        }
+        assert!(calls <= 1, "called {calls} times");
+        let stopped = done.stop == mruntime_stop::MRUNTIME_STOP_CALLBACK as u32;
+        left_over +=
+            usize::from(stopped && text(session)[1..].iter().all(|token| first_bytes.contains(token)));
+    }
+    assert!(left_over > 0);
 }
