@@ -358,8 +358,8 @@ enum mruntime_status mruntime_session_tokens(const struct mruntime_session *sess
 enum mruntime_status mruntime_session_feed(struct mruntime_session *session, const uint32_t *tokens, size_t count);
 
 // Makes `tokens` the text, such as the whole conversation so far. Of it, what the session already holds, the longest
-// common prefix, is not computed again; its length is stored in `*reused`, which may be NULL. If it fails or is
-// cancelled, the text is that prefix.
+// common prefix, is not computed again; its length is stored in `*reused`, which may be NULL. If the tokens are refused,
+// the text is as it was; if it is cancelled, the text is that prefix.
 //
 // One thread at a time.
 enum mruntime_status mruntime_session_prefill(struct mruntime_session *session,

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use mruntime::{
-    Isa, Limits, Pool, Qwen2Arenas, Qwen2Weights, Sampler, SamplingOptions, Session, create_qwen2_arenas,
-    qwen2_init_kv_cache, qwen2_init_scratch, session_feed, session_logits, session_next,
+    Error, Isa, Limits, Pool, Qwen2Arenas, Qwen2Weights, Sampler, SamplingOptions, Session,
+    create_qwen2_arenas, qwen2_init_kv_cache, qwen2_init_scratch, session_feed, session_logits, session_next,
 };
 
 use crate::model::{Shared, close, mruntime_model};
@@ -65,7 +65,7 @@ impl State {
             Qwen2Weights<'static>,
             mruntime::KvCache<'static>,
             mruntime::Scratch<'static>,
-        ) -> Result<Session<'static>, mruntime::Error>,
+        ) -> Result<Session<'static>, Error>,
     ) -> Result<State, Failure> {
         let shared = Arc::clone(shared);
         let (cfg, isa) = (*shared.model.config(), Isa::detect());
@@ -98,12 +98,30 @@ impl State {
         }
     }
 
-    /// Appends tokens to the text, a prefill step at a time. If it fails or is cancelled, the text is as it was.
+    /// Appends tokens to the text. If it fails or is cancelled, the text is as it was.
     pub(crate) fn feed(&mut self, tokens: &[u32], cancel: &AtomicBool) -> Result<(), Failure> {
-        let before = self.session.tokens().len();
+        self.check(tokens, self.session.tokens().len())?;
+        self.append(tokens, cancel)
+    }
+
+    /// Refuses tokens that cannot follow `used` others: all of them are looked at before the first prefill step.
+    fn check(&self, tokens: &[u32], used: usize) -> Result<(), Error> {
+        let (context, vocab) = (self.session.context(), self.shared.model.config().vocab_size);
         if tokens.is_empty() {
-            return Err(mruntime::Error::NoTokens.into());
+            return Err(Error::NoTokens);
         }
+        if tokens.len() > context.saturating_sub(used) {
+            return Err(Error::ContextFull { tokens: tokens.len(), used, context });
+        }
+        match tokens.iter().position(|&id| id >= vocab) {
+            Some(index) => Err(Error::TokenId { id: tokens[index], index, vocab }),
+            None => Ok(()),
+        }
+    }
+
+    /// Appends tokens that were checked, a prefill step at a time.
+    fn append(&mut self, tokens: &[u32], cancel: &AtomicBool) -> Result<(), Failure> {
+        let before = self.session.tokens().len();
         let result = tokens.chunks(self.limits.batch).try_for_each(|step| {
             check_cancel(cancel)?;
             Ok(self.with_pool(|session, _, pool| session_feed(session, step, pool))?)
@@ -327,8 +345,8 @@ pub unsafe extern "C" fn mruntime_session_feed(
 }
 
 /// Makes `tokens` the text, such as the whole conversation so far. Of it, what the session already holds, the longest
-/// common prefix, is not computed again; its length is stored in `*reused`, which may be NULL. If it fails or is
-/// cancelled, the text is that prefix.
+/// common prefix, is not computed again; its length is stored in `*reused`, which may be NULL. If the tokens are refused,
+/// the text is as it was; if it is cancelled, the text is that prefix.
 ///
 /// One thread at a time.
 #[unsafe(no_mangle)]
@@ -342,15 +360,14 @@ pub unsafe extern "C" fn mruntime_session_prefill(
     guard(|| unsafe {
         let (mut state, cancel) = reference(session, "session")?.start()?;
         let tokens = slice(tokens, count, "tokens")?;
-        if tokens.is_empty() {
-            return Err(mruntime::Error::NoTokens.into());
-        }
-        let common = state.session.reusable(tokens);
         if !reused.is_null() {
-            store(reused, common, "reused")?;
+            check_pointer(reused, "reused")?;
         }
+        state.check(tokens, 0)?;
+        let common = state.session.reusable(tokens);
         state.session.truncate(common);
-        if common < tokens.len() { state.feed(&tokens[common..], cancel) } else { Ok(()) }
+        state.append(&tokens[common..], cancel)?;
+        if reused.is_null() { Ok(()) } else { store(reused, common, "reused") }
     })
 }
 

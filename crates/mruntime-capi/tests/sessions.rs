@@ -232,6 +232,53 @@ fn numerics_are_a_sessions_own_and_go_with_its_forks_and_files() {
     }
 }
 
+#[test]
+fn tokens_are_refused_before_any_is_computed_and_the_text_stays() {
+    let setup = Setup::new();
+    let size = size_of::<mruntime_session_options>();
+    let options = mruntime_session_options { size, context: 64, batch: 4, ..Default::default() };
+    let (mut session, mut logits, mut count) = (null_mut(), null_mut(), 0);
+    let mut bad: Vec<u32> = (100..130).collect();
+    bad[20] = 999_999;
+    let mut reused = 77;
+    // SAFETY: valid pointers and counts; the logits are written while they are valid.
+    unsafe {
+        assert_eq!(mruntime_session_create(setup.model, &options, &mut session), MRUNTIME_OK);
+        assert_eq!(mruntime_session_feed(session, [100, 101].as_ptr(), 2), MRUNTIME_OK);
+        // Logits that were changed are lost as soon as anything is computed or cut.
+        assert_eq!(mruntime_session_logits(session, &mut logits, &mut count), MRUNTIME_OK);
+        std::slice::from_raw_parts_mut(logits, count)[65] = f32::MAX;
+        refused(
+            mruntime_session_feed(session, [102; 63].as_ptr(), 63),
+            MRUNTIME_CONTEXT_FULL,
+            "63 tokens do not fit into the context of 64, of which 2 are used",
+        );
+        refused(
+            mruntime_session_feed(session, bad.as_ptr(), bad.len()),
+            MRUNTIME_INVALID_ARGUMENT,
+            "token 999999 at index 20 is outside",
+        );
+        refused(
+            mruntime_session_prefill(session, [102; 100].as_ptr(), 100, &mut reused),
+            MRUNTIME_CONTEXT_FULL,
+            "100 tokens do not fit into the context of 64, of which 0 are used",
+        );
+        refused(
+            mruntime_session_prefill(session, bad.as_ptr(), bad.len(), &mut reused),
+            MRUNTIME_INVALID_ARGUMENT,
+            "token 999999 at index 20 is outside",
+        );
+        assert_eq!((text(session), reused), (vec![100, 101], 77));
+        let mut token = 0;
+        assert_eq!(mruntime_session_next(session, &mut token), MRUNTIME_OK);
+        assert_eq!(token, 65);
+        // All that fits.
+        assert_eq!(mruntime_session_prefill(session, [102; 64].as_ptr(), 64, &mut reused), MRUNTIME_OK);
+        assert_eq!((text(session), reused), (vec![102; 64], 0));
+        mruntime_session_close(&mut session);
+    }
+}
+
 extern "C" fn stop_at_once(user: *mut c_void, _: *const c_char, _: usize) -> i32 {
     // SAFETY: the test passes a number.
     unsafe { *user.cast::<u32>() += 1 };
