@@ -39,9 +39,9 @@ typedef enum mruntime_status {
     MRUNTIME_INVALID_ARGUMENT = 1,
     // The system could not read or write a file.
     MRUNTIME_IO = 2,
-    // A file is not what it should be, or not the one that was expected.
+    // A file is of another kind, version or model than it should be, or a session file is damaged.
     MRUNTIME_FORMAT = 3,
-    // A file is damaged.
+    // A model file is damaged or truncated: get it again.
     MRUNTIME_DAMAGED = 4,
     // Memory or a thread cannot be had.
     MRUNTIME_MEMORY = 5,

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use mruntime::Error;
+use mruntime::{Error, FormatError};
 
 /// How a call ended.
 #[repr(C)]
@@ -16,9 +16,9 @@ pub enum mruntime_status {
     MRUNTIME_INVALID_ARGUMENT = 1,
     /// The system could not read or write a file.
     MRUNTIME_IO = 2,
-    /// A file is not what it should be, or not the one that was expected.
+    /// A file is of another kind, version or model than it should be, or a session file is damaged.
     MRUNTIME_FORMAT = 3,
-    /// A file is damaged.
+    /// A model file is damaged or truncated: get it again.
     MRUNTIME_DAMAGED = 4,
     /// Memory or a thread cannot be had.
     MRUNTIME_MEMORY = 5,
@@ -54,12 +54,13 @@ impl Failure {
     }
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
+impl From<&Error> for mruntime_status {
+    fn from(error: &Error) -> mruntime_status {
         use mruntime_status::*;
-        let status = match &error {
+        match error {
             Error::Io { .. } => MRUNTIME_IO,
-            Error::Format { .. } | Error::SessionFile { .. } | Error::WeightArena { .. } => MRUNTIME_FORMAT,
+            Error::Format { problem, .. } => problem.into(),
+            Error::SessionFile { .. } | Error::WeightArena { .. } => MRUNTIME_FORMAT,
             Error::Damaged { .. } => MRUNTIME_DAMAGED,
             Error::Memory { .. } | Error::ArenaFull { .. } => MRUNTIME_MEMORY,
             Error::ContextFull { .. } => MRUNTIME_CONTEXT_FULL,
@@ -67,8 +68,28 @@ impl From<Error> for Failure {
                 MRUNTIME_MEMORY
             }
             _ => MRUNTIME_INVALID_ARGUMENT,
-        };
-        Failure::new(status, error.to_string())
+        }
+    }
+}
+
+impl From<&FormatError> for mruntime_status {
+    fn from(problem: &FormatError) -> mruntime_status {
+        match problem {
+            FormatError::HeaderTruncated { .. }
+            | FormatError::Truncated { .. }
+            | FormatError::Overlong { .. }
+            | FormatError::RootMismatch { .. }
+            | FormatError::SectionDamaged { .. }
+            | FormatError::ChunkDamaged { .. }
+            | FormatError::PaddingNotZero { .. } => mruntime_status::MRUNTIME_DAMAGED,
+            _ => mruntime_status::MRUNTIME_FORMAT,
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure::new((&error).into(), error.to_string())
     }
 }
 

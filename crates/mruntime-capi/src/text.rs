@@ -37,16 +37,20 @@ impl Shared {
     }
 }
 
-fn status(error: &TextError) -> mruntime_status {
-    match error {
-        TextError::NoTokenizer => mruntime_status::MRUNTIME_NOT_FOUND,
-        TextError::Encode(_) | TextError::Template { .. } => mruntime_status::MRUNTIME_TEXT_FAILED,
-        _ => mruntime_status::MRUNTIME_FORMAT,
+impl From<&TextError> for mruntime_status {
+    fn from(error: &TextError) -> mruntime_status {
+        match error {
+            TextError::Model(error) => error.into(),
+            TextError::Prepacked(problem) => problem.into(),
+            TextError::NoTokenizer => mruntime_status::MRUNTIME_NOT_FOUND,
+            TextError::Encode(_) | TextError::Template { .. } => mruntime_status::MRUNTIME_TEXT_FAILED,
+            _ => mruntime_status::MRUNTIME_FORMAT,
+        }
     }
 }
 
 fn remember(error: TextError) -> (mruntime_status, String) {
-    (status(&error), error.to_string())
+    ((&error).into(), error.to_string())
 }
 
 fn recall((status, message): &(mruntime_status, String)) -> Failure {
@@ -55,7 +59,7 @@ fn recall((status, message): &(mruntime_status, String)) -> Failure {
 
 impl From<TextError> for Failure {
     fn from(error: TextError) -> Failure {
-        Failure::new(status(&error), error.to_string())
+        Failure::new((&error).into(), error.to_string())
     }
 }
 
