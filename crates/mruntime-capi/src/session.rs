@@ -384,6 +384,8 @@ pub unsafe extern "C" fn mruntime_session_logits(
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let mut state = reference(session, "session")?.lock()?;
+        check_pointer(logits, "logits")?;
+        check_pointer(count, "count")?;
         let (pointer, len) = state.with_pool(|session, _, pool| {
             session_logits(session, pool).map(|logits| (logits.as_mut_ptr(), logits.len()))
         })?;
@@ -403,6 +405,7 @@ pub unsafe extern "C" fn mruntime_session_set_sampling(
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let mut state = reference(session, "session")?.lock()?;
+        check_pointer(sampling, "sampling")?;
         let options = read_sized(sampling, "sampling")?.check()?;
         let vocab = state.shared.model.config().vocab_size as usize;
         state.sampler = Sampler::new(options, vocab, Isa::detect())?;

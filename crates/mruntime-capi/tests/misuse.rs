@@ -51,7 +51,10 @@ fn null_pointers_are_refused_by_every_function() {
             mruntime_session_prefill(s, &token, 1, null_mut()),
             mruntime_session_prefill(session, null(), 1, null_mut()),
             mruntime_session_logits(s, &mut logits, &mut count),
-            mruntime_session_set_sampling(s, null()),
+            mruntime_session_logits(session, null_mut(), &mut count),
+            mruntime_session_logits(session, &mut logits, null_mut()),
+            mruntime_session_set_sampling(s, &mruntime_sampling::default()),
+            mruntime_session_set_sampling(session, null()),
             mruntime_session_next(s, &mut token),
             mruntime_session_next(session, null_mut()),
             mruntime_session_generate(s, 1, Some(go_on), null_mut(), null_mut()),
@@ -79,6 +82,29 @@ fn null_pointers_are_refused_by_every_function() {
     unsafe {
         mruntime_model_close(null_mut());
         mruntime_session_close(&mut new_session);
+    }
+}
+
+#[test]
+fn a_call_that_fails_stores_nothing() {
+    let setup = Setup::new();
+    let (mut logits, mut count) = (null_mut::<f32>(), 7);
+    let mut generated = mruntime_generated { tokens: 7, ..Default::default() };
+    // SAFETY: null pointers, which must be refused, and valid ones.
+    unsafe {
+        assert_eq!(mruntime_session_feed(setup.session, [104, 105].as_ptr(), 2), MRUNTIME_OK);
+        let none = mruntime_session_logits(setup.session, &mut logits, null_mut());
+        refused(none, MRUNTIME_INVALID_ARGUMENT, "count is a null pointer");
+        let none = mruntime_session_logits(setup.session, null_mut(), &mut count);
+        refused(none, MRUNTIME_INVALID_ARGUMENT, "logits is a null pointer");
+        // Before anything is generated.
+        let status = mruntime_session_generate(setup.session, 3, Some(go_on), null_mut(), &mut generated);
+        refused(status, MRUNTIME_INVALID_ARGUMENT, "generated says that it has 0 bytes");
+        let status = mruntime_session_generate_text(setup.session, 3, None, null_mut(), &mut generated);
+        refused(status, MRUNTIME_INVALID_ARGUMENT, "generated says that it has 0 bytes");
+        assert!(logits.is_null() && generated.tokens == 7);
+        assert_eq!(mruntime_session_tokens(setup.session, null_mut(), 0, &mut count), MRUNTIME_OK);
+        assert_eq!(count, 2);
     }
 }
 
