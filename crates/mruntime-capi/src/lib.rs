@@ -4,8 +4,8 @@
 //! [`mruntime_model`] and [`mruntime_session`]; a session keeps its model open.
 //!
 //! A thread pool runs one job at a time, and a token is some hundred jobs. So a model has one pool, which its sessions
-//! share, a prefill step or a token at a time: however many sessions generate, there are as many busy threads as were asked
-//! for. A session that must not wait for others gets a pool of its own by its options.
+//! share, a prefill step or a token at a time, in the order in which they ask: however many sessions generate, there are as
+//! many busy threads as were asked for. A session that must not wait for others gets a pool of its own by its options.
 
 #![allow(non_camel_case_types, reason = "the names that C knows")]
 #![allow(clippy::missing_safety_doc, reason = "the rules for pointers stand at the head of the C header")]
@@ -14,6 +14,7 @@ mod model;
 mod options;
 mod pointers;
 mod session;
+mod shared_pool;
 mod status;
 #[cfg(feature = "text")]
 mod text;

@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_void};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use mruntime::{Backing, Model, OpenOptions, Pool};
 
@@ -10,6 +10,7 @@ use crate::options::{fast_numerics, mruntime_session_options};
 use crate::options::{mruntime_info, mruntime_memory, mruntime_open_options, mruntime_sampling};
 use crate::pointers::{c_text, fill, read_sized, reference, slice, store, write_sized};
 use crate::session::limits;
+use crate::shared_pool::SharedPool;
 use crate::status::{Failure, guard, mruntime_status};
 
 /// An open model.
@@ -21,17 +22,9 @@ pub(crate) struct Shared {
     #[cfg(feature = "text")]
     pub text: crate::text::Text,
     pub model: Model,
-    pool: Mutex<Pool>,
+    pub pool: SharedPool,
     pub threads: usize,
     pub stop_tokens: Vec<u32>,
-}
-
-impl Shared {
-    /// Runs `f` with the pool, when it is free.
-    pub(crate) fn with_pool<T>(&self, f: impl FnOnce(&mut Pool) -> T) -> T {
-        // A pool stays usable after a panic in a job.
-        f(&mut self.pool.lock().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 /// Opens a model with what `open` makes of the options and a pool.
@@ -57,7 +50,7 @@ unsafe fn open_model(
         #[cfg(feature = "text")]
         text: crate::text::Text::default(),
         model: opened,
-        pool: Mutex::new(pool),
+        pool: SharedPool::new(pool),
         threads,
         stop_tokens,
     });
@@ -230,7 +223,7 @@ pub unsafe extern "C" fn mruntime_model_verify(model: *const mruntime_model) -> 
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let shared = &reference(model, "model")?.0;
-        Ok(shared.with_pool(|pool| shared.model.verify(pool))?)
+        Ok(shared.pool.with(|pool| shared.model.verify(pool))?)
     })
 }
 

@@ -89,12 +89,12 @@ impl State {
         Ok(State { session, sampler, pool, limits, _arenas: arenas, shared })
     }
 
-    /// Runs `f` with the session's pool, or with the model's when that is free.
+    /// Runs `f` with the session's pool, or with the model's when it is its turn.
     fn with_pool<T>(&mut self, f: impl FnOnce(&mut Session<'static>, &mut Sampler, &mut Pool) -> T) -> T {
         let State { session, sampler, pool, shared, .. } = self;
         match pool {
             Some(pool) => f(session, sampler, pool),
-            None => shared.with_pool(|pool| f(session, sampler, pool)),
+            None => shared.pool.with(|pool| f(session, sampler, pool)),
         }
     }
 
