@@ -303,6 +303,14 @@ enum mruntime_status mruntime_model_section(const struct mruntime_model *model,
                                             size_t capacity,
                                             size_t *length);
 
+// Copies the tokens that end an answer, for programs that choose token by token with mruntime_session_next.
+//
+// Any thread.
+enum mruntime_status mruntime_model_stop_tokens(const struct mruntime_model *model,
+                                                uint32_t *buffer,
+                                                size_t capacity,
+                                                size_t *length);
+
 // How the model's makers want tokens to be chosen. The seed is 0.
 //
 // Any thread.
@@ -316,7 +324,8 @@ enum mruntime_status mruntime_memory_sizes(const struct mruntime_model *model,
                                            struct mruntime_memory *memory);
 
 // Creates a session with an empty text; it chooses the most probable tokens until it is told otherwise. `options` may be
-// NULL. All memory is taken here: later calls allocate nothing but what they hand out. On failure, `*session` is NULL.
+// NULL. All memory that tokens are computed in is taken here: to feed, prefill and generate tokens allocates nothing. On
+// failure, `*session` is NULL.
 //
 // Any thread.
 enum mruntime_status mruntime_session_create(const struct mruntime_model *model,
@@ -373,16 +382,18 @@ enum mruntime_status mruntime_session_prefill(struct mruntime_session *session,
 // One thread at a time.
 enum mruntime_status mruntime_session_logits(struct mruntime_session *session, float **logits, size_t *count);
 
-// Says how tokens are chosen from now on. The random numbers start at the seed.
+// Says how tokens are chosen from now on. The random numbers start at the seed. It allocates what choosing needs.
 //
 // One thread at a time.
 enum mruntime_status mruntime_session_set_sampling(struct mruntime_session *session,
                                                    const struct mruntime_sampling *sampling);
 
-// Chooses the next token and appends it to the text. Stop tokens are tokens like others here.
+// Chooses the next token and appends it to the text. Stop tokens, see mruntime_model_stop_tokens, are tokens like others
+// here.
 //
 // One thread at a time.
-enum mruntime_status mruntime_session_next(struct mruntime_session *session, uint32_t *token);
+enum mruntime_status mruntime_session_next(struct mruntime_session *session,
+                                           uint32_t *token);
 
 // Generates up to `max_tokens` tokens after the text and appends them to it. `on_token`, which gets `user`, may be NULL.
 // A stop token ends the answer; it does not become part of the text. `generated` says what was done, and may be NULL.
@@ -433,6 +444,10 @@ enum mruntime_status mruntime_tokenize(const struct mruntime_model *model,
 #if defined(MRUNTIME_TEXT)
 // Turns tokens into text, with a zero byte at its end that `*length` does not count. Bytes that are not UTF-8 become
 // U+FFFD. If `skip_special` is not 0, special tokens are left out.
+//
+// A character may be split over several tokens. To give out a text while it grows, detokenize each new token together with
+// those that were kept: if the text ends with U+FFFD (bytes EF BF BD), keep them all, otherwise give it out and keep none.
+// At the end, give out what was kept.
 //
 // Any thread.
 enum mruntime_status mruntime_detokenize(const struct mruntime_model *model,

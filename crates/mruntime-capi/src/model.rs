@@ -248,6 +248,20 @@ pub unsafe extern "C" fn mruntime_model_section(
     })
 }
 
+/// Copies the tokens that end an answer, for programs that choose token by token with mruntime_session_next.
+///
+/// Any thread.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mruntime_model_stop_tokens(
+    model: *const mruntime_model,
+    buffer: *mut u32,
+    capacity: usize,
+    length: *mut usize,
+) -> mruntime_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { fill(&reference(model, "model")?.0.stop_tokens, &[], buffer, capacity, length) })
+}
+
 /// How the model's makers want tokens to be chosen. The seed is 0.
 ///
 /// Any thread.

@@ -220,7 +220,8 @@ impl mruntime_session {
 }
 
 /// Creates a session with an empty text; it chooses the most probable tokens until it is told otherwise. `options` may be
-/// NULL. All memory is taken here: later calls allocate nothing but what they hand out. On failure, `*session` is NULL.
+/// NULL. All memory that tokens are computed in is taken here: to feed, prefill and generate tokens allocates nothing. On
+/// failure, `*session` is NULL.
 ///
 /// Any thread.
 #[unsafe(no_mangle)]
@@ -394,7 +395,7 @@ pub unsafe extern "C" fn mruntime_session_logits(
     })
 }
 
-/// Says how tokens are chosen from now on. The random numbers start at the seed.
+/// Says how tokens are chosen from now on. The random numbers start at the seed. It allocates what choosing needs.
 ///
 /// One thread at a time.
 #[unsafe(no_mangle)]
@@ -413,7 +414,8 @@ pub unsafe extern "C" fn mruntime_session_set_sampling(
     })
 }
 
-/// Chooses the next token and appends it to the text. Stop tokens are tokens like others here.
+/// Chooses the next token and appends it to the text. Stop tokens, see mruntime_model_stop_tokens, are tokens like others
+/// here.
 ///
 /// One thread at a time.
 #[unsafe(no_mangle)]

@@ -105,6 +105,10 @@ pub unsafe extern "C" fn mruntime_tokenize(
 /// Turns tokens into text, with a zero byte at its end that `*length` does not count. Bytes that are not UTF-8 become
 /// U+FFFD. If `skip_special` is not 0, special tokens are left out.
 ///
+/// A character may be split over several tokens. To give out a text while it grows, detokenize each new token together with
+/// those that were kept: if the text ends with U+FFFD (bytes EF BF BD), keep them all, otherwise give it out and keep none.
+/// At the end, give out what was kept.
+///
 /// Any thread.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mruntime_detokenize(

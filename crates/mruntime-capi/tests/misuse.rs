@@ -34,6 +34,8 @@ fn null_pointers_are_refused_by_every_function() {
             mruntime_model_section(m, c"LICENSE".as_ptr(), null_mut(), 0, &mut count),
             mruntime_model_section(model, null(), null_mut(), 0, &mut count),
             mruntime_model_section(model, c"tokenizer.json".as_ptr(), null_mut(), 0, null_mut()),
+            mruntime_model_stop_tokens(m, null_mut(), 0, &mut count),
+            mruntime_model_stop_tokens(model, null_mut(), 0, null_mut()),
             mruntime_model_sampling(m, &mut mruntime_sampling::default()),
             mruntime_model_sampling(model, null_mut()),
             mruntime_memory_sizes(m, null(), &mut mruntime_memory::default()),

@@ -30,6 +30,9 @@ impl Setup {
                 std::fs::copy(file.path(), hf.join(file.file_name())).unwrap();
             }
         }
+        let generation =
+            r#"{"do_sample": true, "temperature": 0.7, "top_k": 20, "eos_token_id": [319, 317]}"#;
+        std::fs::write(hf.join("generation_config.json"), generation).unwrap();
         let path = folder.path().join("tiny.mrt");
         TinyModel { dir: hf, ..tiny }.convert(&path, 1);
         let (mut model, mut session) = (null_mut(), null_mut());
