@@ -2,6 +2,7 @@
 #ifndef MRUNTIME_HPP
 #define MRUNTIME_HPP
 
+#include <exception>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -78,14 +79,24 @@ public:
     }
     std::uint32_t next() { std::uint32_t token; return check(mruntime_session_next(get(), &token)), token; }
 #ifdef MRUNTIME_TEXT
-    // Calls `on_text` with pieces of the answer; it must not throw, and returns whether to go on.
+    // Calls `on_text` with pieces of the answer; it returns whether to go on. What it throws ends the answer, too.
     mruntime_generated generate(std::uint64_t max_tokens, std::function<bool(std::string_view)> on_text) {
-        auto call = [](void *user, const char *utf8, std::size_t length) -> std::int32_t {
-            return !(*static_cast<std::function<bool(std::string_view)> *>(user))({utf8, length});
+        struct Call { std::function<bool(std::string_view)> &on_text; std::exception_ptr thrown; } call{on_text, nullptr};
+        // An exception must not pass through the library.
+        auto run = [](void *user, const char *utf8, std::size_t length) -> std::int32_t {
+            Call &call = *static_cast<Call *>(user);
+            try {
+                return !call.on_text({utf8, length});
+            } catch (...) {
+                call.thrown = std::current_exception();
+                return 1;
+            }
         };
         mruntime_generated done{};
         done.size = sizeof done;
-        check(mruntime_session_generate_text(get(), max_tokens, call, &on_text, &done));
+        mruntime_status status = mruntime_session_generate_text(get(), max_tokens, run, &call, &done);
+        if (call.thrown) std::rethrow_exception(call.thrown);
+        check(status);
         return done;
     }
 #endif
