@@ -19,10 +19,12 @@ int main(int argc, char **argv) {
     mruntime_session *session;
     check(mruntime_model_open(argv[1], NULL, &model));
     check(mruntime_session_create(model, NULL, &session));
-    for (int i = 3; i < argc; i++) {
-        uint32_t token = (uint32_t)strtoul(argv[i], NULL, 10);
-        check(mruntime_session_feed(session, &token, 1));
-    }
+    size_t count = (size_t)argc - 3;
+    uint32_t *prompt = malloc(count * sizeof *prompt);
+    if (!prompt) return perror("ids"), 1;
+    for (size_t i = 0; i < count; i++) prompt[i] = (uint32_t)strtoul(argv[i + 3], NULL, 10);
+    check(mruntime_session_feed(session, prompt, count)); /* all at once: many tokens are computed together */
+    free(prompt);
     check(mruntime_session_generate(session, strtoull(argv[2], NULL, 10), print, NULL, NULL));
     mruntime_session_close(&session);
     mruntime_model_close(&model);

@@ -75,6 +75,11 @@ else
     bin=$work/build
     ask_all env
     check_exports "$work/usr"
+    # A line longer than a buffer, in characters of two bytes, arrives whole: it is only too long for the context.
+    got=$("$bin/chat" "$model" <<<"$(printf 'é%.0s' {1..5000})" 2>&1) && fail "chat took 5000 tokens: $got"
+    [[ $got == *" tokens do not fit into the context of 4096, of which 0 are used" ]] || fail "chat: $got"
+    c++ -std=c++17 -Wall -Wextra -Werror -pedantic -o throws "$here/tests/throws.cpp" $(pkg-config --cflags --libs mruntime)
+    expect "$(LD_LIBRARY_PATH=$work/usr/lib ./throws "$model")" "enough after 1, then 3 more"
     has_text_code "$work/usr" || fail "a look at the static library does not find its text functions"
 
     "$here/install.sh" "$work/bare" --no-default-features
