@@ -92,5 +92,14 @@ else
         -x c++ /dev/null
     if has_text_code "$work/bare"; then fail "there is code of text functions in a library without them"; fi
     if make -s -B chat 2>/dev/null; then fail "the header shows text functions that the library does not have"; fi
+
+    # Libraries that cannot be installed, as for musl and for Windows.
+    mkdir other
+    for libraries in libmruntime_capi.a mruntime_capi.dll; do
+        printf '#!/bin/sh\necho "{\\"filenames\\":[\\"/target/%s\\"]}"\n' "$libraries" >other/cargo
+        chmod +x other/cargo
+        PATH=$work/other:$PATH "$here/install.sh" "$work/none" 2>error && fail "installed $libraries"
+        [[ $(wc -l <error) == 1 && $(<error) == *"cargo has built /target/$libraries and can install"* ]] || fail "$(<error)"
+    done
 fi
 echo "examples.sh: all as expected" >&2
