@@ -132,7 +132,9 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     let mut pool = Pool::new(most_threads)?;
     let backing = args.backing.unwrap_or_default();
     let model = args.model.open(&OpenOptions { backing, ..OpenOptions::default() }, &mut pool)?;
-    let trace = args.trace.as_ref().map(|path| NewFile::create(path, model.paths())).transpose()?;
+    // Whether it can be written is noticed now; held all the time, the file would be left over by Ctrl-C.
+    let new_trace = || args.trace.as_ref().map(|path| NewFile::create(path, model.paths())).transpose();
+    new_trace()?;
     let cfg = model.config();
     let (isa, numerics) = (args.isa.get(), args.isa.numerics()?);
 
@@ -205,7 +207,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
                     let spans = record(args.repetitions)?.spans;
                     test.profile = profile::operations(&spans, cfg, bounds.as_ref());
                 }
-                if trace.is_some() {
+                if args.trace.is_some() {
                     let name = format!("{}, {threads} threads", test.test);
                     events.extend(profile::trace_events(&name, tests.len(), &record(1)?.spans));
                 }
@@ -233,7 +235,7 @@ pub fn run(args: SpeedArgs) -> Result<()> {
     } else {
         write_table(&report, &mut out)?;
     }
-    if let Some(trace) = trace {
+    if let Some(trace) = new_trace()? {
         // Chrome's trace format: an object with the events.
         let events = json!({ "traceEvents": events, "displayTimeUnit": "ms" });
         trace.write(|out| Ok(write!(out, "{events}")?))?;

@@ -7,11 +7,11 @@ mod file_error;
 mod model;
 mod new_file;
 mod numerics;
+mod output;
 mod pages;
 
 use std::error::Error;
-use std::fmt::Display;
-use std::io::{self, StdoutLock, Write};
+use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -23,6 +23,7 @@ pub use file_error::FileError;
 pub use model::{LoadedModel, ModelSource, TemplateSource};
 pub use new_file::NewFile;
 pub use numerics::NumericsArg;
+pub use output::{say, verdict};
 pub use pages::Pages;
 
 /// With an error that is shown to the user as it is: one line.
@@ -61,44 +62,6 @@ pub fn interrupted() -> Result<Arc<AtomicBool>> {
             .map_err(|e| format!("cannot handle signals: {e}"))?;
     }
     Ok(interrupted)
-}
-
-/// Writes a line to stderr; where that is not possible, nobody is there to be told.
-pub fn say(line: impl Display) {
-    let _ = writeln!(io::stderr(), "{line}");
-}
-
-/// Standard output of a program whose exit code is its answer: when a reader goes away (`| head`), the rest is dropped, and
-/// the work goes on.
-pub struct Verdict(StdoutLock<'static>);
-
-impl Verdict {
-    /// Locks standard output.
-    pub fn new() -> Verdict {
-        Verdict(io::stdout().lock())
-    }
-}
-
-impl Default for Verdict {
-    fn default() -> Verdict {
-        Verdict::new()
-    }
-}
-
-impl Write for Verdict {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.0.write(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(bytes.len()),
-            result => result,
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        match self.0.flush() {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            result => result,
-        }
-    }
 }
 
 fn is_closed_pipe(error: &(dyn Error + 'static)) -> bool {

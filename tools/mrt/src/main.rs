@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use mr_cli::{FileError, Verdict, all_cores, exit_code, parse_threads};
+use mr_cli::{FileError, all_cores, exit_code, parse_threads, verdict};
 use mrt_format::Digest;
 use mruntime::Pool;
 
@@ -173,7 +173,7 @@ fn pool(threads: Option<usize>) -> mr_cli::Result<Pool> {
 
 fn run_info(args: &InfoArgs) -> mr_cli::Result<()> {
     let file = MrtFile::open(&args.file)?;
-    let out = &mut Verdict::new();
+    let out = &mut verdict();
     if args.json {
         info::write_json(out, &file, args.tensors)
     } else {
@@ -192,7 +192,7 @@ fn run_verify(args: &VerifyArgs) -> mr_cli::Result<()> {
         None => None,
     };
     let damage = verify::verify(&file, &mut pool)?;
-    let out = &mut Verdict::new();
+    let out = &mut verdict();
     if args.json {
         verify::write_json(out, &file, &damage, signed_by.as_deref())?
     } else {
@@ -217,7 +217,7 @@ fn open_sound(path: &std::path::Path, pool: &mut Pool) -> mr_cli::Result<MrtFile
     let file = MrtFile::open(path)?;
     let damage = verify::verify(&file, pool)?;
     if !damage.is_empty() {
-        verify::write_text(&mut Verdict::new(), &file, &damage)?;
+        verify::write_text(&mut verdict(), &file, &damage)?;
     }
     sound(&file, &damage)?;
     Ok(file)
@@ -227,7 +227,7 @@ fn run_unpack(args: &UnpackArgs) -> mr_cli::Result<()> {
     let file = open_sound(&args.file, &mut pool(None)?)?;
     let interrupted = mr_cli::interrupted()?;
     let names = unpack::unpack(&file, &args.dir, &interrupted)?;
-    writeln!(Verdict::new(), "{}: {}", args.dir.display(), names.join(", "))?;
+    writeln!(verdict(), "{}: {}", args.dir.display(), names.join(", "))?;
     Ok(())
 }
 
@@ -236,7 +236,7 @@ fn run_diff(args: &DiffArgs) -> ExitCode {
     let run = || -> mr_cli::Result<bool> {
         let (a, b) = (MrtFile::open(&args.a)?, MrtFile::open(&args.b)?);
         let list = diff::diff(&a, &b)?;
-        let out = &mut Verdict::new();
+        let out = &mut verdict();
         match args.json {
             true => diff::write_json(out, &a, &b, &list)?,
             false => diff::write_text(out, &a, &b, &list)?,
@@ -255,7 +255,7 @@ fn run_diff(args: &DiffArgs) -> ExitCode {
 
 fn run_repair(args: &RepairArgs) -> mr_cli::Result<()> {
     let done = repair::repair(&args.file, &args.from, args.root.as_ref(), &mut pool(args.threads)?)?;
-    let out = &mut Verdict::new();
+    let out = &mut verdict();
     let path = args.file.display();
     if args.json {
         writeln!(out, "{}", done.to_json())?;
@@ -284,14 +284,14 @@ fn run_sign(args: &SignArgs) -> mr_cli::Result<()> {
     let file = open_sound(&args.file, &mut pool(args.threads)?)?;
     let signature = args.out.clone().unwrap_or(sign::beside(&args.file));
     sign::sign(&file, &args.key, &signature)?;
-    writeln!(Verdict::new(), "{}: signs root {}", signature.display(), file.prologue.root())?;
+    writeln!(verdict(), "{}: signs root {}", signature.display(), file.prologue.root())?;
     Ok(())
 }
 
 #[cfg(target_os = "linux")]
 fn run_warm(args: &WarmArgs) -> mr_cli::Result<()> {
     let (found, now) = warm::warm(&args.file)?;
-    let out = &mut Verdict::new();
+    let out = &mut verdict();
     match args.json {
         true => warm::write_json(out, &args.file, found, now)?,
         false => warm::write_text(out, &args.file, found, now)?,
