@@ -137,11 +137,13 @@ pub struct AddedToken<'a> {
     pub single_word: bool,
 }
 
-/// Added tokens in ascending order of their texts.
+/// Added tokens in ascending order of their texts. Those whose id is none of the tokenizer's are as if they were not
+/// there.
 #[derive(Clone, Copy)]
 pub struct AddedTokens<'a> {
     tokens: &'a [RawAdded],
     texts: &'a [u8],
+    token_count: u32,
 }
 
 /// A view of the content of the `tokenizer` section.
@@ -260,7 +262,8 @@ impl<'a> TokenizerSection<'a> {
         }
         let id = slot & 0xff_ffff;
         let token = self.tokens.get(id as usize)?;
-        (token.left == to_24(left) && token.right == to_24(right)).then_some(id)
+        let is_made = token.left == to_24(left) && token.right == to_24(right);
+        (is_made && left < id && right < id).then_some(id)
     }
 
     /// What an id stands for; `None` if it is none, or its entry is not valid.
@@ -324,7 +327,8 @@ impl<'a> TokenizerSection<'a> {
         }
         for added in [self.added, self.normalized] {
             let mut before: &[u8] = b"";
-            for (raw, token) in added.tokens.iter().zip(added.iter()) {
+            for (i, raw) in added.tokens.iter().enumerate() {
+                let token = added.get(i);
                 if no_token(token.id) {
                     return Err(bad("added id", token.id.into(), "below token_count"));
                 }
@@ -383,6 +387,7 @@ fn arrays<'a>(
     let slots = split(&mut rest, count(raw.slot_count))?;
     let tokens = split(&mut rest, count(raw.token_count))?;
     let texts = split(&mut rest, count(raw.text_bytes))?;
+    let token_count = raw.token_count.get();
     rest.is_empty().then_some(TokenizerSection {
         nfc: raw.flags.get() & FLAG_NFC != 0,
         word_split,
@@ -391,8 +396,8 @@ fn arrays<'a>(
         class_index,
         class_blocks,
         byte_tokens,
-        added: AddedTokens { tokens: added, texts },
-        normalized: AddedTokens { tokens: normalized, texts },
+        added: AddedTokens { tokens: added, texts, token_count },
+        normalized: AddedTokens { tokens: normalized, texts, token_count },
         seeds,
         slots,
         tokens,
@@ -404,7 +409,7 @@ impl<'a> AddedTokens<'a> {
     /// All of them, in ascending order of their texts.
     pub fn iter(&self) -> impl Iterator<Item = AddedToken<'a>> + use<'a> {
         let tokens = *self;
-        (0..tokens.tokens.len()).map(move |i| tokens.get(i))
+        (0..tokens.tokens.len()).filter(move |&i| tokens.has_id(i)).map(move |i| tokens.get(i))
     }
 
     /// The longest one that `text` begins with.
@@ -414,7 +419,7 @@ impl<'a> AddedTokens<'a> {
         // All tokens of the range begin with the first `common` bytes of the text.
         for common in 0.. {
             if !range.is_empty() && common > 0 && self.text(range.start).len() == common {
-                longest = Some(range.start);
+                longest = Some(range.start).filter(|&i| self.has_id(i)).or(longest);
                 range.start += 1;
             }
             let Some(byte) = text.get(common) else { break };
@@ -427,6 +432,10 @@ impl<'a> AddedTokens<'a> {
         }
         // In a damaged section the order may be wrong.
         longest.map(|i| self.get(i)).filter(|token| text.starts_with(token.text))
+    }
+
+    fn has_id(&self, i: usize) -> bool {
+        self.tokens[i].id.get() < self.token_count
     }
 
     fn text(&self, i: usize) -> &'a [u8] {

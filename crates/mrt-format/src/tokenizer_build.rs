@@ -394,11 +394,45 @@ mod tests {
         (0..=255).for_each(|byte| _ = tokenizer.byte_token(byte));
     }
 
+    /// Where the tokens begin in a section; the slots end there.
+    fn tokens_at(content: &[u8]) -> usize {
+        let field = |offset: usize| u32::from_le_bytes(content[offset..][..4].try_into().unwrap()) as usize;
+        content.len() - field(40) - 6 * field(12)
+    }
+
+    #[test]
+    fn a_merge_that_is_not_above_its_parts_is_none() {
+        let mut content = section();
+        assert_eq!(TokenizerSection::new(&content).unwrap().merge(3, 0), Some(5));
+        // The slot of (3, 0) leads to token 2, which becomes 3 followed by 0.
+        let tokens_at = tokens_at(&content);
+        let slot = (1..=4).map(|i| tokens_at - 4 * i).find(|&at| content[at..][..3] == [5, 0, 0]).unwrap();
+        content[slot] = 2;
+        content[tokens_at + 12..][..6].copy_from_slice(&[3, 0, 0, 0, 0, 0]);
+        let tokenizer = TokenizerSection::new(&content).unwrap();
+        assert_eq!((tokenizer.merge(3, 0), tokenizer.token(2)), (None, None));
+    }
+
+    #[test]
+    fn an_added_token_without_an_id_of_the_tokenizer_is_none() {
+        let mut content = section_of(|_, added| added.push(AddedToken { text: b"<", ..added[0] })).unwrap();
+        let found = |content: &[u8]| {
+            let added = TokenizerSection::new(content).unwrap().added();
+            let texts: Vec<_> = added.iter().map(|token| token.text.len()).collect();
+            (added.longest_prefix(b"<x>").map(|token| token.text.len()), texts)
+        };
+        assert_eq!(found(&content), (Some(3), vec![1, 5, 3]));
+        let blocks = content[24] as usize;
+        let third = 64 + 4352 + 256 * blocks + 1024 + 2 * 12;
+        content[third..][..4].copy_from_slice(&9u32.to_le_bytes());
+        assert_eq!(found(&content), (Some(1), vec![1, 5]));
+    }
+
     #[test]
     fn chains_of_merges_end() {
         // A token that has twice as many parts as the one before, and one that nests without end.
         let content = section_of(|tokens, _| tokens[8] = Token::Text { bytes: b"", special: false }).unwrap();
-        let tokens_at = content.len() - b"abc <end><x>".len() - 9 * 6;
+        let tokens_at = tokens_at(&content);
         for (left, right) in [(0, 0), (0, 1)] {
             let mut content = content.clone();
             let last = 8;
