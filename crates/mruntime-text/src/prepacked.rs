@@ -76,6 +76,8 @@ fn for_each_part(tokenizer: &TokenizerSection, added: AddedTokens, text: &str, m
     let is_space = |c| has_class(Some(c), CLASS_SPACE);
     // Everything before `done` has been given out, everything before `from` been searched.
     let (mut done, mut from) = (0, 0);
+    // Where white space ends that an earlier token took; up to there, it does for those that begin within.
+    let mut spaces_end = 0;
     while let Some(at) = text.as_bytes()[from..].iter().position(|&byte| begins_token[usize::from(byte)]) {
         let mut start = from + at;
         let Some(token) = added.longest_prefix(&text.as_bytes()[start..]) else {
@@ -96,15 +98,23 @@ fn for_each_part(tokenizer: &TokenizerSection, added: AddedTokens, text: &str, m
             continue;
         }
         if token.lstrip {
-            start = before.trim_end_matches(is_space).len().max(done);
+            // An earlier token may have taken what is before it, and more.
+            let before = text.get(done..start).unwrap_or_default();
+            start = done + before.trim_end_matches(is_space).len();
         }
         if token.rstrip {
-            end = text.len() - behind.trim_start_matches(is_space).len();
+            if spaces_end < end {
+                spaces_end = text.len() - behind.trim_start_matches(is_space).len();
+            }
+            end = spaces_end;
         }
         if done < start {
             part(Part::Text(&text[done..start]));
         }
-        part(Part::Token(token.id));
+        // As with the library, nothing is left of a token when earlier ones have taken all of it.
+        if start < end {
+            part(Part::Token(token.id));
+        }
         done = end;
     }
     if done < text.len() {

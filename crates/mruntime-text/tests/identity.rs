@@ -255,6 +255,30 @@ fn added_tokens_of_every_kind() {
     }
 }
 
+/// Added tokens of white space, which take the white space around them or do not: all in the same way, for the library
+/// panics on those that only take what is before them within what another one has taken.
+#[test]
+fn added_tokens_of_white_space() {
+    let text = vec(select(&[" ", "  ", "\n", "\t", "a", "b", "<a>", "\u{3000}"]), 0..12)
+        .prop_map(|pieces| pieces.concat());
+    for kind in 0..8u32 {
+        let is_set = |bit: u32| kind >> bit & 1 == 1;
+        let added = [" ", "\n", "\t\n", "a ", "<a>"].iter().zip(0..).map(|(content, n)| {
+            json!({
+                "id": 300 + n, "content": content, "lstrip": is_set(0), "rstrip": is_set(1), "special": true,
+                "normalized": n % 2 == 0, "single_word": is_set(2) && n > 2,
+            })
+        });
+        let pair = Pair::new(small(&Value::Null, SPLITS[0], added.collect()).to_string().as_bytes());
+        TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(200) })
+            .run(&text, |text| {
+                pair.check(&text);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
 const SPLITS: [&str; 5] = [
     r#"{"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}"#,
     r#"{"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"}, "behavior": "Isolated", "invert": false}, {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]}"#,
