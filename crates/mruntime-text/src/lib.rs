@@ -37,8 +37,10 @@ mod error;
 mod json;
 mod namespace;
 mod prepacked;
+mod python;
 mod split;
 mod stream;
+mod tags;
 mod template;
 #[cfg(test)]
 mod testing;

@@ -79,95 +79,110 @@ pub(crate) fn namespace(dicts: Rest<Value>, values: Kwargs) -> Result<Value, Err
     Ok(Value::from_object(namespace))
 }
 
-/// Writes assignments to attributes as calls: `{% set a.b = c %}` becomes `{% do a.__assign__("b", (c)) %}`.
+/// Writes assignments to attributes as calls, tag by tag: `{% set a.b = c %}` becomes
+/// `{% set __assigned_0 = c %}{% do a.__assign__("b", __assigned_0) %}`.
 ///
 /// What is not recognised stays as it is, and fails when it is run, for minijinja assigns to its own namespaces only.
-pub(crate) fn with_assignments_as_calls(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start + 2);
-        out.push_str(before);
-        rest = tag;
-        if let Some((sign, object, name, value, end)) = parse_assignment(tag) {
-            // Errors name lines, so none gets lost.
-            let lines = tag[..tag.len() - end.len() - value.len()].matches('\n').count();
-            let lines = "\n".repeat(lines);
-            out.push_str(&format!("{sign} do {lines}{object}.{ASSIGN}(\"{name}\", ({value})) "));
-            rest = end;
-        }
-    }
-    out + rest
+#[derive(Default)]
+pub(crate) struct Assignments {
+    /// For each open `{% set ... %}` that takes what follows up to `{% endset %}`: its calls.
+    open: Vec<String>,
 }
 
-/// The parts of a tag that assigns to an attribute, after its `{%`: white space control, object, attribute, value, and
-/// what follows the value.
-fn parse_assignment(tag: &str) -> Option<(&str, &str, &str, &str, &str)> {
-    let inner = tag.trim_start_matches(['-', '+']);
-    let sign = &tag[..tag.len() - inner.len()];
-    let target = inner.trim_start().strip_prefix("set")?;
-    let (target, value) = target.split_once('=')?;
-    let (object, name) = target.strip_prefix(char::is_whitespace)?.trim().rsplit_once('.')?;
+impl Assignments {
+    /// What stands in the place of a tag's inside; `None` if it stays.
+    pub(crate) fn rewrite(&mut self, tag: &str) -> Option<String> {
+        if tag.trim() == "endset" {
+            return Some(format!("{tag}{}", self.open.pop()?));
+        }
+        let set = tag.trim_start().strip_prefix("set")?;
+        if !set.starts_with(char::is_whitespace) {
+            return None;
+        }
+        // A filter makes it a block, too.
+        let (targets, value) = set.split_at(set.find(['=', '|']).unwrap_or(set.len()));
+        let is_block = !value.starts_with('=');
+        let (mut variables, mut calls) = (Vec::new(), String::new());
+        for (i, target) in targets.split(',').enumerate() {
+            if let Some((object, name)) = attribute(target) {
+                let variable = format!("__assigned_{i}");
+                calls += &format!("%}}{{% do {object}.{ASSIGN}(\"{name}\", {variable}) ");
+                variables.push(variable);
+            } else {
+                variables.push(target.trim().to_owned());
+            }
+        }
+        if is_block {
+            self.open.push(calls.clone());
+        }
+        if calls.is_empty() {
+            return None;
+        }
+        // Errors name lines, so none gets lost.
+        let lines = "\n".repeat(tag[..tag.len() - value.len()].matches('\n').count());
+        let set = format!(" set {lines}{} {value}", variables.join(", "));
+        Some(if is_block { set } else { set + &calls })
+    }
+}
+
+/// The object and the name of `object.name`.
+fn attribute(target: &str) -> Option<(&str, &str)> {
+    let (object, name) = target.trim().rsplit_once('.')?;
     let is_name = |text: &str| text.chars().all(|c| c.is_alphanumeric() || c == '_') && !text.is_empty();
     let (object, name) = (object.trim_end(), name.trim_start());
-    if !is_name(name) || !object.split('.').all(|part| is_name(part.trim())) || value.starts_with('=') {
-        return None;
-    }
-    let end = end_of_tag(value)?;
-    let (value, end) = value.split_at(end);
-    Some((sign, object, name, value, end))
-}
-
-/// Where a tag's `%}` is, with its white space control; not within strings.
-fn end_of_tag(text: &str) -> Option<usize> {
-    let bytes = text.as_bytes();
-    let mut at = 0;
-    while at < bytes.len() {
-        match bytes[at] {
-            quote @ (b'"' | b'\'') => {
-                at += 1;
-                while *bytes.get(at)? != quote {
-                    at += if bytes[at] == b'\\' { 2 } else { 1 };
-                }
-            }
-            b'-' | b'+' if bytes[at + 1..].starts_with(b"%}") => return Some(at),
-            b'%' if bytes[at + 1..].starts_with(b"}") => return Some(at),
-            _ => {}
-        }
-        at += 1;
-    }
-    None
+    (is_name(name) && object.split('.').all(|part| is_name(part.trim()))).then_some((object, name))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tags::rewrite_tags;
+
+    fn rewritten(source: &str) -> String {
+        let mut assignments = Assignments::default();
+        rewrite_tags(source, |tag| assignments.rewrite(tag))
+    }
 
     #[test]
     fn assignments_become_calls() {
         for (source, expected) in [
-            ("{% set ns.a = 1 %}x", "{% do ns.__assign__(\"a\", ( 1 )) %}x"),
-            ("{%- set  ns . a=b|f(c) -%}", "{%- do ns.__assign__(\"a\", (b|f(c) )) -%}"),
+            ("{% set ns.a = 1 %}x", "{% set __assigned_0 = 1 %}{% do ns.__assign__(\"a\", __assigned_0) %}x"),
+            (
+                "{%- set  ns . a=b|f(c) -%}",
+                "{%- set __assigned_0 =b|f(c) %}{% do ns.__assign__(\"a\", __assigned_0) -%}",
+            ),
             (
                 "{%+ set a.b.c = '%}' + \"\\\"%}\" +%}",
-                "{%+ do a.b.__assign__(\"c\", ( '%}' + \"\\\"%}\" )) +%}",
+                "{%+ set __assigned_0 = '%}' + \"\\\"%}\" %}{% do a.b.__assign__(\"c\", __assigned_0) +%}",
             ),
-            ("{% set\nns.a =\n1, 2\n%}", "{% do \nns.__assign__(\"a\", (\n1, 2\n)) %}"),
+            (
+                "{% set\nns.a =\n1, 2\n%}",
+                "{% set \n__assigned_0 =\n1, 2\n%}{% do ns.__assign__(\"a\", __assigned_0) %}",
+            ),
+            (
+                "{% set a, b.c = d %}",
+                "{% set a, __assigned_1 = d %}{% do b.__assign__(\"c\", __assigned_1) %}",
+            ),
+            (
+                "{% set a.b | f(c=1) -%}x{% set d %}y{% endset %}{%- endset -%}",
+                "{% set __assigned_0 | f(c=1) -%}x{% set d %}y{% endset %}{%- endset %}{% do a.__assign__(\"b\", __assigned_0) -%}",
+            ),
         ] {
-            assert_eq!(with_assignments_as_calls(source), expected);
+            assert_eq!(rewritten(source), expected);
         }
         for other in [
             "{% set a = b.c %}",
-            "{% set a, b.c = d %}",
-            "{% set a.b %}x{% endset %}",
+            "{% set a %}x{% endset %}",
+            "{% endset %}",
             "{% if a.b == 1 %}",
             "{% settle a.b = 1 %}",
             "{% set a['b'] = 1 %}",
+            "{% set (a.b, c) = 1 %}",
             "{% set a.b = 'x",
             "{{ set a.b = 1 }}",
             "{%",
         ] {
-            assert_eq!(with_assignments_as_calls(other), other);
+            assert_eq!(rewritten(other), other);
         }
     }
 }

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
-use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use minijinja::{Environment, Error, ErrorKind, Value, context};
 use mrt_format::{CHAT_TEMPLATE, TOKEN_NAMES};
 use mruntime::Model;
 
-use crate::namespace::{namespace, with_assignments_as_calls};
+use crate::namespace::{Assignments, namespace};
+use crate::tags::rewrite_tags;
 use crate::tojson::tojson;
-use crate::{SpecialTokenNames, TextError, find_chat_template};
+use crate::{SpecialTokenNames, TextError, find_chat_template, python};
 
 const NAME: &str = "chat_template";
 /// Steps of work, or 64 bytes of data each, that one rendering may take: enough for ten thousand messages with Qwen2.5's
@@ -35,8 +36,10 @@ const MAX_MESSAGE_CHARS: usize = 500;
 /// A model's chat template, ready to render.
 ///
 /// What transformers gives to templates is there: `trim_blocks` and `lstrip_blocks`, `raise_exception`, `strftime_now`,
-/// its `tojson`, `break` and `continue`, `{% generation %}`, the methods of Python's strings and dicts. Rendering has
-/// limits of time, memory and length, so a hostile template ends with an error.
+/// its `tojson`, `break` and `continue`, `{% generation %}`. Left out are the methods of Python's strings, lists and dicts
+/// that `minijinja_contrib::pycompat` does not have (`rsplit`, for example), and what of Jinja minijinja does not have; a
+/// template that uses them ends with an error. Rendering has limits of time, memory and length, so a hostile template
+/// ends with an error, too.
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
 }
@@ -56,20 +59,27 @@ impl ChatTemplate {
         let mut syntax = SyntaxConfig::builder();
         environment.set_syntax(syntax.trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(python_method);
+        environment.set_unknown_method_callback(python::method);
         minijinja_contrib::add_to_environment(&mut environment);
         environment.add_filter("tojson", tojson);
+        environment.add_filter("default", python::default);
+        environment.add_filter("d", python::default);
+        environment.add_test("sequence", python::is_sequence);
         environment.add_test("iterable", |value: Value| !value.is_none() && value.try_iter().is_ok());
         environment.add_function("namespace", namespace);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
+        environment.add_function("strftime_now", python::strftime_now);
         for (variable, token) in names.iter() {
             environment.add_global(variable.to_owned(), token);
         }
         if !names.additional.is_empty() {
             environment.add_global("additional_special_tokens", Value::from(names.additional.clone()));
         }
-        let source = with_assignments_as_calls(&without_generation_blocks(source));
+        // As Jinja does it.
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
+        let mut assignments = Assignments::default();
+        let source =
+            rewrite_tags(&source, |tag| without_generation(tag).or_else(|| assignments.rewrite(tag)));
         let environment = on_large_stack(|| {
             environment.add_template_owned(NAME, source).map_err(template_error)?;
             Ok(environment)
@@ -144,41 +154,14 @@ fn on_large_stack<T: Send + 'static>(
     }
 }
 
-/// Methods of Python's strings, lists and dicts. Those that can make a short text long are paid for beforehand.
-fn python_method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
-    let text = value.as_str().unwrap_or_default();
-    let arg_len = |i: usize| args.get(i).and_then(Value::len).unwrap_or_default();
-    let numbers = || text.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
-    let bytes = match name {
-        "replace" => (text.len() / arg_len(0).max(1) + 1).saturating_mul(arg_len(1)),
-        "join" => text.len().saturating_mul(arg_len(0)),
-        "format" => numbers().map(|n| n.parse().unwrap_or(usize::MAX)).fold(0, usize::saturating_add),
-        _ => 0,
-    };
-    state.consume_fuel(bytes as u64 / 64)?;
-    minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
-}
-
 /// transformers marks the assistant's words by `{% generation %}` blocks, to train on. Here they only open a scope.
-fn without_generation_blocks(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start + 2);
-        out.push_str(before);
-        rest = tag;
-        let name = tag.trim_start_matches(['-', '+']).trim_start();
-        let Some(end) = ["endgeneration", "generation"].into_iter().find(|&word| {
-            name.strip_prefix(word)
-                .is_some_and(|after| after.trim_start().trim_start_matches(['-', '+']).starts_with("%}"))
-        }) else {
-            continue;
-        };
-        out.push_str(&tag[..tag.len() - name.len()]);
-        out.push_str(if end == "generation" { "with" } else { "endwith" });
-        rest = &name[end.len()..];
+fn without_generation(tag: &str) -> Option<String> {
+    match tag.trim() {
+        name @ ("generation" | "endgeneration") => {
+            Some(tag.replacen(name, &name.replacen("generation", "with", 1), 1))
+        }
+        _ => None,
     }
-    out + rest
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {
@@ -189,12 +172,6 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Raised(String);
-
-/// The local time, formatted as by Python's `strftime`.
-fn strftime_now(format: &str) -> Result<String, Error> {
-    jiff::fmt::strtime::format(format, &jiff::Zoned::now())
-        .map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {e}")))
-}
 
 fn template_error(error: Error) -> TextError {
     let raised = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<Raised>());
@@ -308,6 +285,69 @@ mod tests {
         let _ = render(&format!("{deep}{{{{ ns.s }}}}"));
         // As deep as a source of legal length can nest: no stack overflow.
         assert_eq!(render(&format!("{{{{ {}1 }}}}", "-".repeat(60_000))).unwrap(), "1");
+    }
+
+    /// What transformers 5.23 with jinja2 3.1.6 makes of them.
+    #[test]
+    fn templates_become_what_transformers_makes_of_them() {
+        let ns = "{% set ns = namespace(a=1) %}";
+        for (source, expected) in [
+            // All ends of lines are \n.
+            ("a\r\nb\rc\n{% if true %}\r\nd{% endif %}\r\n", "a\nb\nc\nd"),
+            ("{{ 'a\r\nb' }}", "a\nb"),
+            (
+                "{{ 'a' is sequence }}{{ {} is sequence }}{{ [] is sequence }}{{ x is sequence }}",
+                "TrueTrueTrueTrue",
+            ),
+            ("{{ 1 is sequence }}{{ none is sequence }}{{ true is sequence }}", "FalseFalseFalse"),
+            (
+                "{{ range(3) is sequence }}{{ namespace() is sequence }}{{ (1, 2) is sequence }}",
+                "TrueFalseTrue",
+            ),
+            ("{{ '' | default('d', boolean=true) }}{{ x | default(default_value='d') }}", "dd"),
+            (
+                "{{ '' | default('d', true) }}{{ x | d('e', boolean=false) }}{{ none | default('d') }}",
+                "deNone",
+            ),
+            ("{{ x | default(none) }}{{ 0 | default(boolean=true) }}|{{ x | default }}|", "None||"),
+            ("{{ 'a b c'.split(' ', maxsplit=1) }}", "['a', 'b c']"),
+            ("{{ 'a b c'.split(maxsplit=1) }}", "['a', 'b c']"),
+            ("{{ 'a b c'.split(sep=' ') }}{{ 'a b c'.split(' ', 1) }}", "['a', 'b', 'c']['a', 'b c']"),
+            ("{{ 'a\nb'.splitlines(keepends=true) | length }}{{ 'a\nb'.splitlines(true)[0] }}|", "2a\n|"),
+            ("{{ [1] | tojson(false, 2) }}", "[\n  1\n]"),
+            ("{{ {'b': 1, 'a': 'é'} | tojson(true, none, [',', ':'], true) }}", r#"{"a":"\u00e9","b":1}"#),
+            ("{{ 'é' | tojson(true, indent=1) }}{{ 'é' | tojson }}", r#""\u00e9""é""#),
+            ("{% set ns.a %}x{{ 1 }}{% endset %}[{{ ns.a }}]", "[x1]"),
+            ("{% set ns.a | upper %}x{% set b %}y{% endset %}{{ b }}{% endset %}[{{ ns.a }}]", "[XY]"),
+            ("{% set ns.a %}x{% set ns.b %}y{% endset %}{% endset %}[{{ ns.a }}{{ ns.b }}]", "[xy]"),
+            ("a {%- set ns.a -%} x {%- endset -%} [{{ ns.a }}]", "a[x]"),
+            ("{% set ns.a, ns.b = 1, 2 %}[{{ ns.a }}{{ ns.b }}]", "[12]"),
+            ("{% set ns.a, b = [3, 4] %}[{{ ns.a }}{{ b }}]", "[34]"),
+            ("{% set ns.a = {'b': 1} %}[{{ ns.a.b }}]", "[1]"),
+            ("{% raw %}{% set ns.a = 1 %}{% don't %}{% endraw %}", "{% set ns.a = 1 %}{% don't %}"),
+            (
+                "{{ '{% set ns.a = 2 %}{% generation %}' }}{{ {'a': {'b': '}}'}} }}{{ ns.a }}",
+                "{% set ns.a = 2 %}{% generation %}{'a': {'b': '}}'}}1",
+            ),
+            ("{# {% set ns.a = 2 %} {% raw %} ' #}{% set ns.a = 3 %}{{ ns.a }}", "3"),
+            (
+                "{% generation %}a{% endgeneration %}{% raw %}{% generation %}{% endraw %}",
+                "a{% generation %}",
+            ),
+        ] {
+            assert_eq!(render(&format!("{ns}{source}")).as_deref(), Ok(expected), "{source}");
+        }
+        for (source, message) in [
+            ("{{ 'a' | default('b', default_value='c') }}", "default_value"),
+            ("{{ 'a'.split(' ', sep=' ') }}", "sep"),
+            ("{{ 'a' | tojson(true, ensure_ascii=true) }}", "ensure_ascii"),
+            ("{{ 'a' | tojson(1, 2, none, 4, 5) }}", "too many arguments"),
+        ] {
+            let error = render(source).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
+        // A tag that assigns is still on its line.
+        assert!(render("{% set ns\n.a = 1 %}\n{% if %}").unwrap_err().starts_with("chat template, line 3: "));
     }
 
     #[test]

@@ -2,37 +2,46 @@
 
 use std::fmt::Write;
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
+
+use crate::python::arguments;
 
 /// Deeper values are refused, long before the stack ends.
 const MAX_DEPTH: usize = 200;
 
 /// `value | tojson(ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
-pub(crate) fn tojson(state: &State, value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent = match options.get::<Option<Value>>("indent")? {
+pub(crate) fn tojson(
+    state: &State,
+    value: &Value,
+    given: Rest<Value>,
+    named: Kwargs,
+) -> Result<String, Error> {
+    let names = ["ensure_ascii", "indent", "separators", "sort_keys"];
+    let [ensure_ascii, indent, separators, sort_keys] = arguments(&given, &named, names)?;
+    let indent = match indent {
         Some(v) if v.kind() == ValueKind::Number => Some(" ".repeat(usize::try_from(v)?.min(64))),
         Some(v) if v.kind() == ValueKind::String => {
             Some(v.as_str().unwrap_or_default().chars().take(64).collect())
         }
         _ => None,
     };
-    let (item_separator, key_separator) = match options.get::<Option<Vec<String>>>("separators")?.as_deref() {
-        Some([item, key]) => (item.clone(), key.clone()),
-        Some(_) => return Err(invalid("tojson: separators must be a pair of strings".to_owned())),
-        None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
-    };
+    let (item_separator, key_separator) =
+        match from_args::<(Option<Vec<String>>,)>(separators.as_slice())?.0.as_deref() {
+            Some([item, key]) => (item.clone(), key.clone()),
+            Some(_) => return Err(invalid("tojson: separators must be a pair of strings".to_owned())),
+            None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+        };
     let mut writer = Writer {
         state,
         paid: 0,
         out: String::new(),
-        ensure_ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-        sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        ensure_ascii: ensure_ascii.is_some_and(|on| on.is_true()),
+        sort_keys: sort_keys.is_some_and(|on| on.is_true()),
         indent,
         item_separator,
         key_separator,
     };
-    options.assert_all_used()?;
     writer.value(value, 0)?;
     writer.pay()?;
     Ok(writer.out)
