@@ -14,7 +14,7 @@ pub enum TextError {
     Prepacked(#[from] mrt_format::FormatError),
     /// The tokenizer is not prepacked, and this program is built without what reads tokenizer.json.
     #[error(
-        "the tokenizer is not prepacked: build this program with the feature \"json\" of mruntime-text, or convert the model again"
+        "the tokenizer is not prepacked: build this program with the feature \"json\" (files of an old mr-convert may need only converting again)"
     )]
     NotPrepacked,
     /// tokenizer.json cannot be used.
