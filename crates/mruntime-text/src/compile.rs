@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use mrt_format::{
     AddedToken, CLASS_DIGIT, CLASS_LETTER, CLASS_NFC_INERT, CLASS_NUMBER, CLASS_SPACE, CLASS_WORD,
-    DigitSplit, Token, TokenizerParts, TokenizerSection, WordSplit, tokenizer_section,
+    DigitSplit, FormatError, Token, TokenizerParts, TokenizerSection, WordSplit, tokenizer_section,
 };
 use regex_syntax::hir::{Class, HirKind};
 use serde_json::Value;
@@ -86,12 +86,22 @@ fn compile(oracle: &JsonTokenizer) -> Understood<Vec<u8>> {
         added: &added_tokens(false),
         normalized: &added_tokens(true),
     })
-    .map_err(|e| e.to_string())?;
+    .map_err(limit)?;
     let view = TokenizerSection::new(&section).map_err(|e| e.to_string())?;
     if model.ignore_merges {
         check_ignored_merges(&view, &model)?;
     }
     Ok(section)
+}
+
+/// What the section cannot hold, without the advice to those who read one.
+fn limit(error: FormatError) -> String {
+    match error {
+        FormatError::BadTokenizer { field, value, expected } => {
+            format!("{field} is {value}, must be {expected}")
+        }
+        other => other.to_string(),
+    }
 }
 
 /// Whether the normaliser is NFC; the other one that is known is none.
@@ -291,5 +301,21 @@ fn brief(json: &Value) -> String {
     match text.char_indices().nth(120) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn a_token_that_the_section_cannot_hold_is_the_reason() {
+        let long = "x".repeat(256);
+        let json = testing::json(testing::JSON_TAIL).replacen("<a b>", &long, 1);
+        assert_eq!(
+            prepack_tokenizer(json.as_bytes()).unwrap_err().to_string(),
+            "tokenizer.json cannot be prepacked: a token's text is 256, must be at most 255 bytes"
+        );
     }
 }

@@ -51,6 +51,8 @@ mod tokenizer;
 pub use compile::prepack_tokenizer;
 pub use config::{SpecialTokenNames, find_chat_template};
 pub use error::TextError;
+#[cfg(feature = "json")]
+pub use json::silence_caught_panics;
 pub use stream::StreamDecoder;
 pub use template::ChatTemplate;
 pub use tokenizer::{SpecialTokens, Tokenizer};

@@ -287,7 +287,7 @@ mod tests {
         assert_eq!(render(&format!("{{{{ {}1 }}}}", "-".repeat(60_000))).unwrap(), "1");
     }
 
-    /// What transformers 5.23 with jinja2 3.1.6 makes of them.
+    /// What transformers 5.24 with jinja2 3.1.6 makes of them.
     #[test]
     fn templates_become_what_transformers_makes_of_them() {
         let ns = "{% set ns = namespace(a=1) %}";

@@ -66,9 +66,15 @@ impl<'a> Tokenizer<'a> {
 
     /// Reads the contents of a tokenizer.json.
     ///
+    /// The `tokenizers` library panics on some broken ones. That becomes an error, here and in [`encode`](Self::encode),
+    /// if the program is built with `panic = "unwind"`; with `"abort"` it ends the process. What the process's panic hook
+    /// prints then can be kept back with [`silence_caught_panics`](crate::silence_caught_panics).
+    ///
     /// # Errors
     ///
-    /// [`TextError::Tokenizer`] if it is not a valid tokenizer.json, or its decoder is not `ByteLevel`.
+    /// [`TextError::Tokenizer`] if it is not a valid tokenizer.json, an id is 16,776,704 or more, its model is not BPE or
+    /// its decoder not `ByteLevel`, or it has steps that can make a text longer without bound (normalisers other than
+    /// Unicode's, lower case and stripping; `Metaspace`; `ByteLevel` twice).
     #[cfg(feature = "json")]
     pub fn from_json(json: &[u8]) -> Result<Tokenizer<'static>, TextError> {
         Ok(Tokenizer(Backend::Json(Box::new(JsonTokenizer::new(json)?))))
