@@ -43,6 +43,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    mruntime_text::silence_caught_panics();
     exit_code(run(&mr_cli::parse::<Cli>()))
 }
 

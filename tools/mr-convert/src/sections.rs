@@ -1,15 +1,18 @@
 //! What a file carries besides the weights.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::PathBuf;
 
+use mr_cli::say;
 use mrt_format::{
     CHAT_TEMPLATE, CONVERSION_REPORT, Digest, GENERATION, NewSection, ORIGIN, ReportEntry, TOKEN_NAMES,
     TOKENIZER, report_file_name, report_from_bytes,
 };
 use mruntime::hf::{HfError, Qwen2Dir};
-use mruntime_text::{SpecialTokenNames, find_chat_template, prepack_tokenizer};
+use mruntime_text::{SpecialTokenNames, TextError, Tokenizer, find_chat_template, prepack_tokenizer};
+use serde_json::Value;
 
 use crate::ConvertError;
 
@@ -50,13 +53,13 @@ impl Sections {
             model.file("tokenizer_config.json").map(SpecialTokenNames::from_tokenizer_config).transpose();
         let names = names.map_err(|error| ConvertError::Template { dir: model.path.clone(), error })?;
         list.extend(names.and_then(|names| names.to_section()).map(|bytes| (TOKEN_NAMES.to_owned(), bytes)));
-        let tokenizer = match model.file("tokenizer.json").map(prepack_tokenizer) {
+        let tokenizer = match model.file("tokenizer.json") {
             None => TokenizerKind::None,
-            Some(Ok(bytes)) => {
-                list.push((TOKENIZER.to_owned(), bytes));
-                TokenizerKind::Prepacked
+            Some(json) => {
+                let (section, kind) = tokenizer(model, json)?;
+                list.extend(section.map(|bytes| (TOKENIZER.to_owned(), bytes)));
+                kind
             }
-            Some(Err(reason)) => TokenizerKind::Json(reason.to_string()),
         };
         let origin = match origin {
             Some(line) => origin_line(line),
@@ -82,6 +85,70 @@ impl Sections {
     pub fn contents(&self) -> Vec<&[u8]> {
         self.list.iter().map(|(_, bytes)| bytes.as_slice()).collect()
     }
+}
+
+/// The tokenizer's section, if it can be prepacked, and how the file holds it.
+fn tokenizer(model: &Qwen2Dir, json: &[u8]) -> Result<(Option<Vec<u8>>, TokenizerKind), HfError> {
+    let refused = |reason: String| HfError::Invalid {
+        path: model.path.join("tokenizer.json"),
+        problem: format!(
+            "{reason}; put the model's own in its place, or remove it and the file will take token ids, not text"
+        ),
+    };
+    let unusable = |error| match error {
+        TextError::Tokenizer(reason) => refused(reason),
+        other => refused(other.to_string()),
+    };
+    let (section, kind) = match prepack_tokenizer(json) {
+        Ok(section) => (Some(section), TokenizerKind::Prepacked),
+        Err(reason @ TextError::CannotPrepack(_)) => (None, TokenizerKind::Json(reason.to_string())),
+        Err(error) => return Err(unusable(error)),
+    };
+    let tokenizer = match &section {
+        Some(section) => Tokenizer::from_section(section.as_slice()),
+        None => Tokenizer::from_json(json),
+    };
+    let tokenizer = tokenizer.map_err(unusable)?;
+    // Fewer are usual: the vocabulary is padded.
+    let (tokens, vocab_size) = (tokenizer.vocab_size(), model.config.vocab_size);
+    if tokens > vocab_size as usize {
+        return Err(refused(format!(
+            "has {tokens} tokens, more than vocab_size {vocab_size} of config.json: it is another model's"
+        )));
+    }
+    let missing = missing_tokens(model.file("tokenizer_config.json").unwrap_or(b"{}"), &tokenizer);
+    if !missing.is_empty() {
+        let listed: Vec<_> = missing.iter().take(LISTED).map(|token| format!("{token:?}")).collect();
+        let more = match missing.len().saturating_sub(LISTED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        say(format_args!(
+            "note: tokenizer_config.json has tokens that tokenizer.json lacks; here they are text like any other: {}{more}",
+            listed.join(", ")
+        ));
+    }
+    Ok((section, kind))
+}
+
+/// Tokens that a note names.
+const LISTED: usize = 10;
+
+/// The tokens that a tokenizer_config.json declares and the tokenizer does not look for in a text; transformers adds them
+/// when it loads the two.
+fn missing_tokens(config: &[u8], tokenizer: &Tokenizer) -> Vec<String> {
+    let config: Value = serde_json::from_slice(config).unwrap_or_default();
+    let numbered = config["added_tokens_decoder"].as_object().into_iter().flat_map(|tokens| tokens.values());
+    let named = config.as_object().into_iter().flatten();
+    let named = named.filter(|(name, _)| name.ends_with("_token")).map(|(_, token)| token);
+    let listed = config["additional_special_tokens"].as_array().into_iter().flatten();
+    let mut seen = HashSet::new();
+    let texts = numbered.chain(named).chain(listed);
+    let texts = texts.filter_map(|token| token.as_str().or_else(|| token["content"].as_str()));
+    texts
+        .filter(|&text| !text.is_empty() && seen.insert(text) && tokenizer.token_id(text).is_none())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// The files that `model` is converted from, which no output may replace.

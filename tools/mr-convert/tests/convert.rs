@@ -12,7 +12,7 @@ use mrt_format::{
 };
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::tempdir;
 
 const TINY: [&str; 12] = [
@@ -175,8 +175,9 @@ fn the_report_counts_what_became_of_each_value() {
 fn the_file_carries_what_stands_beside_the_weights() {
     let dir = tempdir().unwrap();
     copy_model(&tiny("tied"), dir.path());
+    let tokenizer = std::fs::read_to_string(fixture("tokenizer.json")).unwrap();
     let side_files = [
-        ("tokenizer.json", "{\"model\": {}}"),
+        ("tokenizer.json", tokenizer.as_str()),
         ("tokenizer_config.json", "{\"chat_template\": \"{{ messages }}\"}"),
         ("LICENSE", "Do what you like."),
         ("NOTICE.txt", "By us."),
@@ -239,9 +240,8 @@ fn the_file_origin_of_a_directory_is_taken() {
 fn the_tokenizer_is_prepacked_or_the_reason_is_given() {
     let dir = tempdir().unwrap();
     copy_model(&tiny("tied"), dir.path());
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mruntime_chat/tests/fixture");
-    let json = std::fs::read_to_string(fixture.join("tokenizer.json")).unwrap();
-    std::fs::copy(fixture.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
+    let json = std::fs::read_to_string(fixture("tokenizer.json")).unwrap();
+    std::fs::copy(fixture("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
     let out = dir.path().join("out.mrt");
     let has = |name: &str| prologue(&std::fs::read(&out).unwrap()).section(name).is_some();
 
@@ -250,12 +250,49 @@ fn the_tokenizer_is_prepacked_or_the_reason_is_given() {
     assert!(text.contains("\ntokenizer: prepacked\n"), "{text}");
     assert!(has(TOKENIZER) && has(TOKEN_NAMES) && has("tokenizer.json"));
 
+    // Padding of the vocabulary has no tokens.
+    let fewer = json.replacen("\"<|im_end|>\"", "\"<|endoftext|>\"", 1);
+    std::fs::write(dir.path().join("tokenizer.json"), fewer).unwrap();
+    convert(dir.path(), &out, &[]);
+    assert!(has(TOKENIZER));
+
     let other = json.replacen("\"add_prefix_space\":false", "\"add_prefix_space\":true", 1);
     std::fs::write(dir.path().join("tokenizer.json"), other).unwrap();
     let text = convert(dir.path(), &out, &[]);
     let reason = "\ntokenizer: as JSON only; tokenizer.json cannot be prepacked: pre_tokenizer ";
     assert!(text.contains(reason), "{text}");
     assert!(!has(TOKENIZER) && has(TOKEN_NAMES) && has("tokenizer.json"));
+}
+
+#[test]
+fn tokens_that_the_tokenizer_lacks_are_named() {
+    let dir = tempdir().unwrap();
+    copy_model(&tiny("tied"), dir.path());
+    std::fs::copy(fixture("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let notes = |config: Value| {
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let output = run(dir.path(), &dir.path().join("out.mrt"), &[]);
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let config = json!({
+        "eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}, "bos_token": null, "unk_token": "",
+        "add_bos_token": true, "additional_special_tokens": ["<|im_start|>"],
+        "added_tokens_decoder": {"319": {"content": "<|im_end|>"}},
+    });
+    assert_eq!(notes(config), "");
+    let config = json!({
+        "eos_token": "<eos\u{1b}>", "pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<pad>", "<a>"],
+        "added_tokens_decoder": {"319": {"content": "<|im_end|>"}, "320": {"content": "<b>"}},
+    });
+    assert_eq!(
+        notes(config),
+        "note: tokenizer_config.json has tokens that tokenizer.json lacks; here they are text like any other: \
+         \"<b>\", \"<eos\\u{1b}>\", \"<pad>\", \"<a>\"\n"
+    );
+    let many: Vec<_> = (0..12).map(|i| format!("<{i}>")).collect();
+    let note = notes(json!({"additional_special_tokens": many}));
+    assert!(note.ends_with("\"<8>\", \"<9>\" and 2 more\n"), "{note}");
 }
 
 #[test]

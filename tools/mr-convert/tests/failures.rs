@@ -101,6 +101,54 @@ fn weights_that_are_not_whole() {
 }
 
 #[test]
+fn tokenizers_that_do_not_belong_to_the_model() {
+    let json = std::fs::read_to_string(fixture("tokenizer.json")).unwrap();
+    let message =
+        |json: &str| refused("tied", |dir| std::fs::write(dir.join("tokenizer.json"), json).unwrap());
+    // Prepacked or not.
+    for json in [json.clone(), json.replacen("\"add_prefix_space\":false", "\"add_prefix_space\":true", 1)] {
+        let larger = json.replacen(":0,", ":320,", 1);
+        assert!(larger != json);
+        let error = message(&larger);
+        assert!(
+            error.ends_with(
+                "tokenizer.json: has 321 tokens, more than vocab_size 320 of config.json: it is another model's; put the \
+                 model's own in its place, or remove it and the file will take token ids, not text"
+            ),
+            "{error}"
+        );
+    }
+    for (json, expected) in [
+        ("{}", "tokenizer.json: "),
+        ("{\"model\": {}}", "tokenizer.json: "),
+        (
+            &json.replacen(":0,", ":4000000000,", 1),
+            "tokenizer.json: a token has id 4000000000, but ids must be below",
+        ),
+        (&json.replacen("\"BPE\"", "\"WordLevel\"", 1), "tokenizer.json: "),
+        // The library panics.
+        (
+            &json.replacen(
+                "\"normalizer\":null",
+                "\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":3}",
+                1,
+            ),
+            "tokenizer.json: the tokenizers library panicked",
+        ),
+    ] {
+        let error = message(json);
+        assert!(error.contains(expected), "{error}");
+        assert!(
+            error.ends_with(
+                "; put the model's own in its place, or remove it and the file will take token ids, not text"
+            ),
+            "{error}"
+        );
+        assert!(!error.contains("convert the model again"), "{error}");
+    }
+}
+
+#[test]
 fn values_that_fp16_cannot_hold() {
     const K: &str = "model.layers.1.self_attn.k_proj.weight";
     for (value, expected) in [

@@ -15,6 +15,11 @@ pub fn tiny(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny").join(name)
 }
 
+/// A file of the small tokenizer that the tiny models can have.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../mruntime_chat/tests/fixture").join(name)
+}
+
 pub fn mr_convert() -> Command {
     Command::new(env!("CARGO_BIN_EXE_mr-convert"))
 }
