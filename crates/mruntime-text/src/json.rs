@@ -7,6 +7,7 @@ use serde::Deserialize;
 use tokenizers::tokenizer::{AddedVocabulary, Model, OffsetType, PreTokenizer};
 use tokenizers::{DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
 
+use crate::template::MAX_MESSAGE_CHARS;
 use crate::{SpecialTokens, TextError};
 
 /// The longest run of white space, in characters, that a text may hold.
@@ -159,7 +160,9 @@ fn without_panic<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, S
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
     CATCHING.set(false);
     match result {
-        Ok(result) => result.map_err(|e| e.to_string()),
+        // It may quote the file.
+        Ok(result) => result
+            .map_err(|e| e.to_string().chars().filter(|c| !c.is_control()).take(MAX_MESSAGE_CHARS).collect()),
         Err(_) => {
             Err("the tokenizers library panicked: tokenizer.json is broken or not a Qwen2 model's".to_owned())
         }
@@ -233,6 +236,13 @@ mod tests {
         for json in ["", "{}", "[1]", "{\"model\": 3}"] {
             assert!(error(json).starts_with("tokenizer.json: "), "{json}");
         }
+    }
+
+    #[test]
+    fn an_error_that_quotes_the_file_is_a_short_line() {
+        let json = format!(r#"{{"version": "1\u001b[2J\n{}"}}"#, "x".repeat(1000));
+        let error = JsonTokenizer::new(json.as_bytes()).err().unwrap().to_string();
+        assert!(error.contains("version '1[2Jxxx") && error.len() < 600, "{error}");
     }
 
     #[test]

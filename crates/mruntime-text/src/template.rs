@@ -31,7 +31,7 @@ const MAX_TIME: Duration = Duration::from_secs(5);
 const MAX_TEXT_BYTES: usize = 16 << 20;
 
 /// Longest message of an error; the rest is left out.
-const MAX_MESSAGE_CHARS: usize = 500;
+pub(crate) const MAX_MESSAGE_CHARS: usize = 500;
 
 /// A model's chat template, ready to render.
 ///
