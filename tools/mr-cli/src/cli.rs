@@ -16,6 +16,8 @@ const HELP: &str = "Two calls more: `--completions SHELL` prints the completions
 /// Parses the command line of a tool; wrong usage ends the process with code 2. Alone on it, `--completions SHELL`
 /// prints completions and `--man-pages DIR` writes man pages, instead of the tool's work.
 pub fn parse<T: Parser>() -> T {
+    // All tools tell of them in an error's one line.
+    mruntime_text::silence_caught_panics();
     let command = || T::command().after_help(HELP);
     let args: Vec<OsString> = std::env::args_os().collect();
     match args.get(1).and_then(|arg| arg.to_str()) {

@@ -43,7 +43,6 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    mruntime_text::silence_caught_panics();
     exit_code(run(&mr_cli::parse::<Cli>()))
 }
 
