@@ -26,9 +26,9 @@ pub struct KvGroup<'a> {
     pub head_dim: usize,
     /// Positions that the first token sees, itself included; each token after it sees one more. At least 1.
     pub seen: usize,
-    /// Panels of 32 positions over `head_dim` inputs, whose biases are zeros.
+    /// Panels of 32 positions over `head_dim` inputs. Their biases are not read.
     pub keys: Rhs<'a>,
-    /// Panels of 32 dimensions over positions, whose biases are zeros.
+    /// Panels of 32 dimensions over positions. Their biases are not read.
     pub values: Rhs<'a>,
 }
 
