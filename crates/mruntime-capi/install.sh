@@ -16,9 +16,9 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/../../Cargo.toml" | head -1
 
 # Cargo tells where it puts the files.
 files=$(cargo build --manifest-path "$here/Cargo.toml" --lib --profile "$profile" "$@" \
-    --message-format=json-render-diagnostics | tr '"' '\n' | sed -n '/mruntime_capi\.\(so\|dylib\|dll\|a\|lib\)$/p')
+    --message-format=json-render-diagnostics | tr '"' '\n' | sed -nE '/mruntime_capi\.(so|dylib|dll|a|lib)$/p')
 static=$(sed -n '/\.a$/p' <<<"$files" | tail -1)
-shared=$(sed -n '/\.\(so\|dylib\)$/p' <<<"$files" | tail -1)
+shared=$(sed -nE '/\.(so|dylib)$/p' <<<"$files" | tail -1)
 if [[ ! $static || ! $shared ]]; then
     echo "install.sh: cargo has built" ${files:-no library} "and can install a .so or .dylib together with a .a only: for Linux with glibc, Android and Apple's systems" >&2
     exit 1

@@ -78,6 +78,11 @@ impl From<&FormatError> for mruntime_status {
             FormatError::HeaderTruncated { .. }
             | FormatError::Truncated { .. }
             | FormatError::Overlong { .. }
+            | FormatError::BadHeaderBytes { .. }
+            | FormatError::BadChunkBytes { .. }
+            | FormatError::TooManySections { .. }
+            | FormatError::PrologueTooLarge { .. }
+            | FormatError::PrologueOutsideFile { .. }
             | FormatError::RootMismatch { .. }
             | FormatError::SectionDamaged { .. }
             | FormatError::ChunkDamaged { .. }

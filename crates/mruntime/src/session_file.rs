@@ -129,8 +129,8 @@ impl Session<'_> {
     ///
     /// # Errors
     /// When the file cannot be read, is damaged, or is a session of another model, context size or format version. The
-    /// session is then as it was; only when reading fails after the checksum has been checked, or a token is outside the
-    /// vocabulary, it is empty.
+    /// session is then as it was; only when reading fails after the checksum has been checked, or what no session has is
+    /// found (a token outside the vocabulary, a number that is not finite), it is empty.
     pub fn load(&mut self, path: impl AsRef<Path>, root: &Digest) -> Result<(), Error> {
         let path = path.as_ref();
         let io_error = |source| Error::Io { path: path.into(), source };
@@ -165,7 +165,13 @@ impl Session<'_> {
         self.tokens.resize(tokens, 0);
         let result = read(bytemuck::cast_slice_mut(&mut self.tokens)).and_then(|()| {
             let (k, v) = self.kv.pieces_mut(positions);
-            k.chain(v).try_for_each(|piece| read(bytemuck::cast_slice_mut(piece)))
+            k.chain(v).try_for_each(|piece| {
+                read(bytemuck::cast_slice_mut(piece))?;
+                match piece.iter().all(|x| x.is_finite()) {
+                    true => Ok(()),
+                    false => Err(problem("no session: not all keys and values are finite".into())),
+                }
+            })
         });
         // A right checksum says that nothing was damaged, not that a session was written.
         let result = result.and_then(|()| {
@@ -311,22 +317,28 @@ mod tests {
     }
 
     #[test]
-    fn a_token_outside_the_vocabulary_is_refused() {
+    fn what_no_session_has_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("session");
         with_session(100, |mut session, pool| {
             session_feed(&mut session, &tokens(40), pool).unwrap();
             session.save(&path, &root()).unwrap();
-            let mut bytes = std::fs::read(&path).unwrap();
-            bytes[HEADER_BYTES + 4..][..4].copy_from_slice(&u32::MAX.to_le_bytes());
-            let end = bytes.len() - DIGEST_BYTES as usize;
-            let digest = sha256(&bytes[..end]);
-            bytes[end..].copy_from_slice(&digest.0);
-            std::fs::write(&path, bytes).unwrap();
-            let error = session.load(&path, &root()).unwrap_err().to_string();
-            assert!(error.contains("no session: token 4294967295 at index 1 is outside"), "{error}");
-            assert!(session.tokens().is_empty());
-            session_feed(&mut session, &tokens(3), pool).unwrap();
+            let good = std::fs::read(&path).unwrap();
+            let end = good.len() - DIGEST_BYTES as usize;
+            for (at, value, expected) in [
+                (HEADER_BYTES + 4, &[0xff; 4][..], "no session: token 4294967295 at index 1 is outside"),
+                (end - 2, &[0, 0x7e], "no session: not all keys and values are finite"),
+            ] {
+                let mut bytes = good.clone();
+                bytes[at..][..value.len()].copy_from_slice(value);
+                let digest = sha256(&bytes[..end]);
+                bytes[end..].copy_from_slice(&digest.0);
+                std::fs::write(&path, bytes).unwrap();
+                let error = session.load(&path, &root()).unwrap_err().to_string();
+                assert!(error.contains(expected), "{error}");
+                assert!(session.tokens().is_empty());
+                session_feed(&mut session, &tokens(3), pool).unwrap();
+            }
         });
     }
 

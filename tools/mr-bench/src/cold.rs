@@ -111,13 +111,18 @@ pub fn run(args: ColdArgs) -> Result<()> {
         measurements.push(bench.measure(&name, &args.model, prompt, None)?);
     }
     if let Some(what) = args.drop_caches {
-        let cache = Cache { file: File::open(&args.model)?, what: what.allowed(), needed };
+        let cache = Cache {
+            file: File::open(&args.model).map_err(|e| FileError::new(&args.model, e))?,
+            what: what.allowed(),
+            needed,
+        };
         for &prompt in &prompts {
             measurements.push(bench.measure(&name, &args.model, prompt, Some(&cache))?);
         }
     }
     for (name, cfg) in &args.shapes {
-        let file = tempfile::Builder::new().prefix("shape-").suffix(".mrt").tempfile()?;
+        let file = tempfile::Builder::new().prefix("shape-").suffix(".mrt").tempfile();
+        let file = file.map_err(|e| format!("a model without weights: {e}"))?;
         write_sparse(file.as_file(), cfg, &tokenizer_sections(&model)?)?;
         bench.child(file.path(), 0)?;
         measurements.push(bench.measure(name, file.path(), 0, None)?);
@@ -219,7 +224,7 @@ impl Cache {
 
     fn drop(&self) -> Result<()> {
         // Pages that are not written yet cannot be dropped.
-        self.file.sync_all()?;
+        self.file.sync_all().map_err(|e| format!("the model cannot be written to the disk: {e}"))?;
         match self.what {
             DropCaches::All => std::fs::write(DROP_CACHES, "1").map_err(|e| format!("{DROP_CACHES}: {e}"))?,
             DropCaches::File => fadvise(&self.file, 0, None, Advice::DontNeed)?,
@@ -233,7 +238,8 @@ impl Cache {
         let start = Instant::now();
         let mut offset = self.needed;
         loop {
-            match self.file.read_at(&mut piece, offset)? {
+            let read = self.file.read_at(&mut piece, offset);
+            match read.map_err(|e| format!("reading the model: {e}"))? {
                 0 => return Ok(start.elapsed().as_secs_f64() * 1e3),
                 n => offset += n as u64,
             }

@@ -47,7 +47,7 @@ pub fn exit_code(result: Result<()>) -> ExitCode {
 pub const INTERRUPTED: &str = "interrupted; nothing was written";
 
 /// Becomes true when the user interrupts the program (Ctrl-C) or the system asks it to end, which does not happen by itself
-/// any more.
+/// any more, unless it is done a second time.
 ///
 /// # Errors
 /// When the system does not let signals be handled.
@@ -58,7 +58,9 @@ pub fn interrupted() -> Result<Arc<AtomicBool>> {
     const SIGNALS: [i32; 2] = [consts::SIGINT, consts::SIGTERM];
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in SIGNALS {
-        signal_hook::flag::register(signal, Arc::clone(&interrupted))
+        // In this order: what the first signal sets, the second one finds.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&interrupted))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupted)))
             .map_err(|e| format!("cannot handle signals: {e}"))?;
     }
     Ok(interrupted)

@@ -48,7 +48,9 @@ impl NewFile {
         let cannot = |e: io::Error| bad(format!("cannot be written to {}: {}", parent.display(), plain(&e)));
         let folder = parent.canonicalize().map_err(cannot)?;
         let real = folder.join(name);
-        let is_real = |input: P| input.as_ref().canonicalize().is_ok_and(|input| input == real);
+        // As the disk spells it, which may not care for upper and lower case.
+        let spelt = real.canonicalize().unwrap_or_else(|_| real.clone());
+        let is_real = |input: P| input.as_ref().canonicalize().is_ok_and(|input| input == spelt);
         if inputs.into_iter().any(is_real) {
             return Err(bad("is read to make the new file; name another one".into()));
         }

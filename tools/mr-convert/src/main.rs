@@ -64,9 +64,11 @@ fn run(cli: &Cli) -> mr_cli::Result<()> {
     let json = to_json(&model.config, &converted);
     if let Some(report) = report {
         report.write(|out| Ok(writeln!(out, "{json:#}")?))?;
+        target.commit()?;
         report.commit()?;
+    } else {
+        target.commit()?;
     }
-    target.commit()?;
     let mut out = std::io::stdout().lock();
     if cli.json {
         writeln!(out, "{json}")?;

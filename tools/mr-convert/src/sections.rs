@@ -110,10 +110,11 @@ fn tokenizer(model: &Qwen2Dir, json: &[u8]) -> Result<(Option<Vec<u8>>, Tokenize
     };
     let tokenizer = tokenizer.map_err(unusable)?;
     // Fewer are usual: the vocabulary is padded.
-    let (tokens, vocab_size) = (tokenizer.vocab_size(), model.config.vocab_size);
-    if tokens > vocab_size as usize {
+    let (ids, vocab_size) = (tokenizer.vocab_size(), model.config.vocab_size);
+    if ids > vocab_size as usize {
+        let highest = ids - 1;
         return Err(refused(format!(
-            "has {tokens} tokens, more than vocab_size {vocab_size} of config.json: it is another model's"
+            "has token ids up to {highest}, but vocab_size of config.json is {vocab_size}: it is another model's"
         )));
     }
     let missing = missing_tokens(model.file("tokenizer_config.json").unwrap_or(b"{}"), &tokenizer);
@@ -151,9 +152,13 @@ fn missing_tokens(config: &[u8], tokenizer: &Tokenizer) -> Vec<String> {
         .collect()
 }
 
-/// The files that `model` is converted from, which no output may replace.
+/// The files that `model` is converted from, and reports that [`first_report`] may look for: no output may replace them.
 pub fn sources(model: &Qwen2Dir) -> impl Iterator<Item = PathBuf> {
-    model.paths().chain([model.path.join(ORIGIN)])
+    let entries = std::fs::read_dir(&model.path).into_iter().flatten().flatten();
+    let reports = entries
+        .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(CONVERSION_REPORT.as_bytes()))
+        .map(|entry| entry.path());
+    model.paths().chain([model.path.join(ORIGIN)]).chain(reports)
 }
 
 /// The report of these weights' first conversion, if `mrt unpack` has left it in the directory: that they have become

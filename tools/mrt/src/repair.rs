@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use mr_cli::FileError;
-use mrt_format::{Digest, MAGIC};
+use mrt_format::{CHUNK_BYTES, Digest, MAGIC};
 use mruntime::Pool;
 use serde_json::{Value, json};
 
@@ -53,7 +53,13 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
     if same_file(&target, &source).map_err(io_error)? {
         return Err(FileError::new(path, "is the file that --from names; name another copy").into());
     }
-    let mine = MrtFile::open_part(path, target.try_clone().map_err(io_error)?, root).ok();
+    let mine = MrtFile::open_part(path, target.try_clone().map_err(io_error)?, None).ok();
+    if let (Some(mine), Some(root)) = (&mine, root)
+        && mine.prologue.root() != root
+    {
+        let problem = format!("is another file: its root digest is {}, not {root}", mine.prologue.root());
+        return Err(FileError::new(path, problem).into());
+    }
     let mut fetched = Vec::new();
     let plan = match (mine, theirs) {
         (Some(mine), Ok(theirs)) if mine.prologue.root() != theirs.prologue.root() => {
@@ -62,7 +68,7 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
             return Err(theirs.error(problem).into());
         }
         (Some(mine), _) => mine,
-        (None, Ok(theirs)) if may_be_copy(&target, &theirs) => {
+        (None, Ok(theirs)) if may_be_copy(&target, &theirs).map_err(io_error)? => {
             fetched.push(("header, directory and chunk table".to_owned(), 0, theirs.head.len() as u64));
             theirs
         }
@@ -116,19 +122,27 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
 }
 
 /// Whether `file`, which has no whole header, is a damaged or unfinished copy of `whole` and nothing else that a repair
-/// would destroy: it begins as every model does or with nothing but zeros, or one chunk of its weights is right.
-fn may_be_copy(file: &File, whole: &MrtFile) -> bool {
-    let len = file.metadata().map_or(0, |meta| meta.len()).min(whole.head.len() as u64);
-    let mut head = vec![0; len as usize];
-    if file.read_exact_at(&mut head, 0).is_err() {
-        return false;
+/// would destroy: one chunk of its weights is right, or it is the beginning of a model before the first one, or all zeros.
+fn may_be_copy(file: &File, whole: &MrtFile) -> io::Result<bool> {
+    let (prologue, mut buffer) = (&whole.prologue, Vec::new());
+    if (0..prologue.chunk_count()).any(|i| is_good(Piece::Chunk(i), whole, file, &mut buffer)) {
+        return Ok(true);
     }
-    let mut chunks = (0..whole.prologue.chunk_count()).map(Piece::Chunk);
-    let mut buffer = Vec::new();
-    let magic = head.len().min(MAGIC.len());
-    head[..magic] == MAGIC[..magic]
-        || head.iter().all(|&byte| byte == 0)
-        || chunks.any(|chunk| is_good(chunk, whole, file, &mut buffer))
+    let len = file.metadata()?.len();
+    let mut magic = [0; MAGIC.len()];
+    let magic = &mut magic[..len.min(MAGIC.len() as u64) as usize];
+    file.read_exact_at(magic, 0)?;
+    if MAGIC.starts_with(magic) && len < prologue.arena_offset() + prologue.chunk(0).bytes {
+        return Ok(true);
+    }
+    for offset in (0..len).step_by(CHUNK_BYTES as usize) {
+        buffer.resize((len - offset).min(CHUNK_BYTES) as usize, 0);
+        file.read_exact_at(&mut buffer, offset)?;
+        if buffer.iter().any(|&byte| byte != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether `file` has a piece of `plan` as it must be; the piece is in `buffer` then.

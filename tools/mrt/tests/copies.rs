@@ -303,6 +303,18 @@ fn what_is_no_copy_is_not_repaired() {
         assert!(message.contains("other: has nothing of good.mrt; remove it, or name the file to repair"));
         assert!(folder.read("other") == other);
     }
+    // Nor is another model, whether whole, with a damaged header, or the copy itself damaged.
+    let root = Prologue::parse(&good, good.len() as u64).unwrap().root().to_string();
+    let mut other = model(&CFG, 1);
+    folder.write("other", &other);
+    let message = folder.fails(&["repair", "other", "--root", &root, "--from", "good.mrt"]);
+    assert!(message.contains("other: is another file: its root digest is "), "{message}");
+    assert!(folder.read("other") == other);
+    other[100] ^= 1;
+    folder.write("other", &other);
+    let message = folder.fails(&["repair", "other", "--from", "good.mrt"]);
+    assert!(message.contains("other: has nothing of good.mrt"), "{message}");
+    assert!(folder.read("other") == other);
     // A header of rubbish before the right weights is damage.
     let mut damaged = good.clone();
     damaged[..512].fill(7);
@@ -348,8 +360,9 @@ fn copies_of_other_files_are_refused() {
     assert!(message.contains("another file than expected: its root digest is"), "{message}");
     let message = folder.fails(&["repair", "none.mrt", "--from", "empty.mrt"]);
     assert!(message.contains("empty.mrt: "), "{message}");
-    let message = folder.fails(&["repair", "a.mrt", "--root", &"0".repeat(64), "--from", "empty.mrt"]);
-    assert!(message.contains("a.mrt: has no whole header, and neither has the other copy"), "{message}");
+    folder.write("begun.mrt", &good[..100]);
+    let message = folder.fails(&["repair", "begun.mrt", "--from", "empty.mrt"]);
+    assert!(message.contains("begun.mrt: has no whole header, and neither has the other copy"), "{message}");
     assert!(!folder.path("none.mrt").exists());
     assert!(folder.read("a.mrt") == short && folder.read("empty.mrt").is_empty());
     folder.ok(&["repair", "a.mrt", "--root", &root, "--from", "good.mrt"]);
