@@ -152,7 +152,7 @@ fn missing_tokens(config: &[u8], tokenizer: &Tokenizer) -> Vec<String> {
         .collect()
 }
 
-/// The files that `model` is converted from, and reports that [`first_report`] may look for: no output may replace them.
+/// The files that `model` is converted from, and reports of earlier conversions beside them: no output may replace them.
 pub fn sources(model: &Qwen2Dir) -> impl Iterator<Item = PathBuf> {
     let entries = std::fs::read_dir(&model.path).into_iter().flatten().flatten();
     let reports = entries
