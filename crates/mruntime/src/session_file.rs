@@ -278,6 +278,15 @@ mod tests {
         sha256(b"model")
     }
 
+    /// The bytes of a session of 40 tokens, saved to `path`.
+    fn saved(path: &Path) -> Vec<u8> {
+        with_session(100, |mut session, pool| {
+            session_feed(&mut session, &tokens(40), pool).unwrap();
+            session.save(path, &root()).unwrap();
+        });
+        std::fs::read(path).unwrap()
+    }
+
     #[test]
     fn a_loaded_session_continues_as_the_saved_one() {
         let dir = tempfile::tempdir().unwrap();
@@ -320,10 +329,8 @@ mod tests {
     fn what_no_session_has_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("session");
+        let good = saved(&path);
         with_session(100, |mut session, pool| {
-            session_feed(&mut session, &tokens(40), pool).unwrap();
-            session.save(&path, &root()).unwrap();
-            let good = std::fs::read(&path).unwrap();
             let end = good.len() - DIGEST_BYTES as usize;
             for (at, value, expected) in [
                 (HEADER_BYTES + 4, &[0xff; 4][..], "no session: token 4294967295 at index 1 is outside"),
@@ -360,11 +367,7 @@ mod tests {
     fn what_does_not_fit_is_refused_and_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("session");
-        with_session(100, |mut session, pool| {
-            session_feed(&mut session, &tokens(40), pool).unwrap();
-            session.save(&path, &root()).unwrap();
-        });
-        let good = std::fs::read(&path).unwrap();
+        let good = saved(&path);
         let refused = |context: usize, root: Digest, expected: &str| {
             with_session(context, |mut session, pool| {
                 session_feed(&mut session, &[1, 2, 3], pool).unwrap();

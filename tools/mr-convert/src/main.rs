@@ -62,13 +62,11 @@ fn run(cli: &Cli) -> mr_cli::Result<()> {
 
     let converted = convert(&model, &target, cli.origin.as_deref(), &mut pool, &interrupted)?;
     let json = to_json(&model.config, &converted);
-    if let Some(report) = report {
+    if let Some(report) = &report {
         report.write(|out| Ok(writeln!(out, "{json:#}")?))?;
-        target.commit()?;
-        report.commit()?;
-    } else {
-        target.commit()?;
     }
+    target.commit()?;
+    report.map(NewFile::commit).transpose()?;
     let mut out = std::io::stdout().lock();
     if cli.json {
         writeln!(out, "{json}")?;
