@@ -27,7 +27,8 @@ pub(crate) trait Lanes: Copy {
     /// How many rows ahead a product of one pass, whose panels come from memory, fetches them. With AVX-512 on Zen 4 one
     /// thread's GEMV reaches 29.5 GB/s with 64, 27 with a quarter of that and 28.5 with four times.
     const PREFETCH_ROWS: usize = 64;
-    /// Whether products of a few rows read several panels at a time (`streams`). Measured with AVX2 on Zen 3 only.
+    /// Whether products of a few rows read several panels at a time (`streams`). With AVX2 on Zen 3 that is faster; with AVX-512
+    /// on Zen 4 one thread then decodes a tenth slower.
     const STREAMS: bool = false;
 
     /// All lanes `x`.
