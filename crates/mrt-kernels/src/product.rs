@@ -178,7 +178,7 @@ pub(crate) unsafe fn product<L: Lanes>(
     let panels_per_output = epilogue.panels_per_output();
     for (j, start) in (0..y.columns()).step_by(PANEL).enumerate() {
         let columns = PANEL.min(y.columns() - start);
-        // Their lines come into the L2 cache while the sums are computed. Prefill is 1 % faster so on Zen 4.
+        // Their lines come into the L2 cache while the sums are computed. With one thread prefill is 1 % faster so on Zen 4.
         for r in 0..rows {
             let row = y.row(r)[start..].as_ptr();
             L::prefetch_l2(row.cast());
