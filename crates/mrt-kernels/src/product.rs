@@ -178,7 +178,8 @@ pub(crate) unsafe fn product<L: Lanes>(
     let panels_per_output = epilogue.panels_per_output();
     for (j, start) in (0..y.columns()).step_by(PANEL).enumerate() {
         let columns = PANEL.min(y.columns() - start);
-        // Their lines come into the L2 cache while the sums are computed. With one thread prefill is 1 % faster so on Zen 4.
+        // The lines of the results come into the L2 cache while their sums are computed. On Zen 4 prefill is 1 % faster so with
+        // one thread.
         for r in 0..rows {
             let row = y.row(r)[start..].as_ptr();
             L::prefetch_l2(row.cast());
