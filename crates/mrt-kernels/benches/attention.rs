@@ -45,7 +45,7 @@ fn kv_group(bencher: Bencher<'_, '_>, case: &Case) {
     let kv = vec![f16::from_f32(0.01); KV_ELEMENTS];
     let queries = vec![0.5; rows * HEAD_DIM];
     let mut out = vec![0.0; rows * HEAD_DIM];
-    let mut scratch = vec![0.0; attention_scratch_len(rows, positions)];
+    let mut scratch = vec![0.0; attention_scratch_len(rows, HEAD_DIM, positions)];
     let mut start = 0;
     let pairs = HEADS * (0..tokens).map(|token| seen + token).sum::<usize>();
     bencher

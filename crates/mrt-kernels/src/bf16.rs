@@ -3,17 +3,20 @@
 //! Weights that came from BF16 convert back without loss (FP16 holds them exactly, or rounded them once before);
 //! activations are rounded to BF16's 8 bits, as PyTorch does in BF16. A panel is converted once per block: rows k and
 //! k + 1 become one row of 32 pairs. Subnormal numbers count as zero, in and out: so the instruction is defined.
+//!
+//! Attention rounds queries, keys, the weights of its softmax and values; the softmax and all sums are f32.
 
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
 use half::{bf16, f16};
 
+use crate::attention::{self, AttentionProducts, KvGroup};
 use crate::avx512::Lanes16;
 use crate::fast::{FastLhs, fast_stride};
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL};
-use crate::product::{self, Epilogue, K_BLOCK, PanelSums, Rhs, start_from_bias};
+use crate::product::{self, Epilogue, K_BLOCK, PanelSums, Rhs, Sums, start_from_bias};
 use crate::window::Window;
 
 /// Fewer rows are bound by memory: exact products are as fast.
@@ -21,6 +24,9 @@ pub(crate) const LEAST_ROWS: usize = 8;
 
 /// Rows of the register tile, as in `avx512.rs`: 24 accumulators, two pairs of weights, activations broadcast from memory.
 const TILE_ROWS: usize = 12;
+
+/// Inputs of a product of attention that all rows pass over before the next ones: pairs of 16 KiB, half of the L1 cache.
+const ATTENTION_BLOCK: usize = 256;
 
 pub(crate) fn is_detected() -> bool {
     is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")
@@ -67,24 +73,100 @@ impl PanelSums for Bf16<'_> {
     #[inline(always)]
     unsafe fn panel_sums(&self, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
         let FastLhs { x, scales, k } = self.0;
-        let (rows, stride) = (scales.len(), fast_stride(k));
-        let tiles = rows.div_ceil(TILE_ROWS);
-        // SAFETY: the contract of the trait and of `product`. A block of 2 * K_BLOCK rows of the panel makes K_BLOCK rows
-        // of pairs, for which `wide` has room, 4 bytes a pair; rows first .. end are rows of `x`.
+        // SAFETY: the contract of the trait, whose `wide` holds twice as many elements, and of `product`.
         unsafe {
             start_from_bias::<Lanes16>(panel, sums);
-            let panel = panel.as_ptr().add(PANEL);
-            let pairs = wide.as_mut_ptr().cast::<__m512i>();
-            for start in (0..k).step_by(2 * K_BLOCK) {
-                let block = (k - start).min(2 * K_BLOCK);
-                pair_up(panel.add(start * PANEL), block, pairs);
-                let ahead = panel.wrapping_add((start + block) * PANEL);
-                for t in 0..tiles {
-                    let (first, end) = (t * rows / tiles, (t + 1) * rows / tiles);
-                    let x = x.as_ptr().add(first * stride + start);
-                    let sums = sums.as_mut_ptr().add(first * PANEL);
-                    tile_rows(end - first, x, stride, block.div_ceil(2), pairs, ahead, sums);
+            let x = Rows { x: x.as_ptr(), stride: fast_stride(k) };
+            let sums = Sums { y: sums.as_mut_ptr(), stride: PANEL };
+            add_products::<{ 2 * K_BLOCK }>(scales.len(), x, k, panel.as_ptr().add(PANEL), wide, sums);
+        }
+    }
+}
+
+/// See [`crate::fast_attention`].
+///
+/// # Safety
+/// The machine has AVX512-BF16, and [`attention::check`] holds.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma,f16c")]
+pub(crate) unsafe fn attention(group: KvGroup<'_>, out: &mut Window<'_>, scratch: &mut [f32]) {
+    // SAFETY: the same contract.
+    unsafe { attention::attend::<Lanes16, Bf16Attention>(group, out, scratch) }
+}
+
+struct Bf16Attention;
+
+impl AttentionProducts for Bf16Attention {
+    type Rows = Rows;
+
+    #[inline(always)]
+    unsafe fn queries(queries: &[f32], k: usize, room: &mut [f32]) -> Rows {
+        let stride = k.next_multiple_of(2);
+        let room = room.as_mut_ptr().cast::<u16>();
+        for (r, x) in queries.chunks_exact(k).enumerate() {
+            // SAFETY: `room` holds 2 * k numbers of 16 bits for each row, and `stride` is no more.
+            unsafe { pack_row(x, std::slice::from_raw_parts_mut(room.add(r * stride), stride)) };
+        }
+        Rows { x: room, stride }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(weights: &mut [f32], stride: usize) -> Rows {
+        for row in weights.chunks_exact_mut(stride) {
+            let (from, to) = (row.as_ptr(), row.as_mut_ptr().cast::<__m256i>());
+            for i in 0..stride / LANES {
+                // SAFETY: 16 elements of the row are read; what is written begins at 32 * i of its bytes, before what is
+                // still to be read, at 64 * (i + 1).
+                unsafe {
+                    let narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(from.add(i * LANES)));
+                    _mm256_storeu_si256(to.add(i), std::mem::transmute::<__m256bh, __m256i>(narrow));
                 }
+            }
+        }
+        Rows { x: weights.as_ptr().cast(), stride: 2 * stride }
+    }
+
+    #[inline(always)]
+    unsafe fn add(rows: usize, x: Rows, k: usize, panel: *const f16, wide: &mut [f32], sums: Sums) {
+        // SAFETY: the contract of the trait; a block of attention is shorter than `wide`.
+        unsafe { add_products::<ATTENTION_BLOCK>(rows, x, k, panel, wide, sums) }
+    }
+}
+
+/// Rows of BF16 numbers, `stride` apart.
+#[derive(Clone, Copy)]
+struct Rows {
+    x: *const u16,
+    stride: usize,
+}
+
+/// Continues the sums of `rows` rows with `k` inputs, `BLOCK` of them at a time.
+///
+/// # Safety
+/// The machine has AVX512-BF16; `x` has `rows` rows of `k` elements, and a zero after them if `k` is odd; `panel` has `k`
+/// rows, `sums` has `rows` rows of 32; `wide` holds `BLOCK` rows of 16.
+#[inline(always)]
+unsafe fn add_products<const BLOCK: usize>(
+    rows: usize,
+    x: Rows,
+    k: usize,
+    panel: *const f16,
+    wide: &mut [f32],
+    sums: Sums,
+) {
+    let tiles = rows.div_ceil(TILE_ROWS);
+    let pairs = wide.as_mut_ptr().cast::<__m512i>();
+    for start in (0..k).step_by(BLOCK) {
+        let block = BLOCK.min(k - start);
+        // SAFETY: the contract above: start + block <= k; half as many rows of 32 pairs, 4 bytes each, fit into `wide`; rows
+        // first .. end are rows of `x` and of the sums.
+        unsafe {
+            pair_up(panel.add(start * PANEL), block, pairs);
+            let ahead = panel.wrapping_add((start + block) * PANEL);
+            for t in 0..tiles {
+                let (first, end) = (t * rows / tiles, (t + 1) * rows / tiles);
+                let x = Rows { x: x.x.add(first * x.stride + start), ..x };
+                let sums = Sums { y: sums.y.add(first * sums.stride), ..sums };
+                tile_rows(end - first, x, block.div_ceil(2), pairs, ahead, sums);
             }
         }
     }
@@ -153,20 +235,12 @@ unsafe fn pair_up(panel: *const f16, block: usize, pairs: *mut __m512i) {
 /// # Safety
 /// As `tile`, for that many rows.
 #[inline(always)]
-unsafe fn tile_rows(
-    rows: usize,
-    x: *const u16,
-    stride: usize,
-    pairs: usize,
-    b: *const __m512i,
-    ahead: *const f16,
-    sums: *mut f32,
-) {
+unsafe fn tile_rows(rows: usize, x: Rows, pairs: usize, b: *const __m512i, ahead: *const f16, sums: Sums) {
     macro_rules! heights {
         ($($r:literal)+) => {
             match rows {
                 // SAFETY: the same contract.
-                $($r => unsafe { tile::<$r>(x, stride, pairs, b, ahead, sums) },)+
+                $($r => unsafe { tile::<$r>(x, pairs, b, ahead, sums) },)+
                 _ => unreachable!("a tile of {rows} rows"),
             }
         };
@@ -178,22 +252,15 @@ unsafe fn tile_rows(
 /// panel at `ahead`, any address.
 ///
 /// # Safety
-/// The machine has AVX512-BF16; `x` has `R` rows of `2 * pairs` elements, `stride` apart; `b` has `pairs` rows of two
-/// vectors; `sums` has `R` rows of `PANEL` elements.
+/// The machine has AVX512-BF16; `x` has `R` rows of `2 * pairs` elements; `b` has `pairs` rows of two vectors; `sums` has
+/// `R` rows of `PANEL` elements.
 #[inline(always)]
-unsafe fn tile<const R: usize>(
-    x: *const u16,
-    stride: usize,
-    pairs: usize,
-    b: *const __m512i,
-    ahead: *const f16,
-    sums: *mut f32,
-) {
+unsafe fn tile<const R: usize>(x: Rows, pairs: usize, b: *const __m512i, ahead: *const f16, sums: Sums) {
     // SAFETY: the contract above; r < R, i < pairs.
     unsafe {
         let mut acc = [[_mm512_setzero_ps(); 2]; R];
         for (r, row) in acc.iter_mut().enumerate() {
-            *row = [0, LANES].map(|at| _mm512_loadu_ps(sums.add(r * PANEL + at)));
+            *row = [0, LANES].map(|at| _mm512_loadu_ps(sums.y.add(r * sums.stride + at)));
         }
         for i in 0..pairs {
             Lanes16::prefetch_l2(ahead.wrapping_add(2 * i * PANEL).cast());
@@ -201,7 +268,7 @@ unsafe fn tile<const R: usize>(
             let w: [__m512bh; 2] = [0, 1]
                 .map(|g| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(2 * i + g))));
             for (r, row) in acc.iter_mut().enumerate() {
-                let pair = x.add(r * stride + 2 * i).cast::<i32>().read_unaligned();
+                let pair = x.x.add(r * x.stride + 2 * i).cast::<i32>().read_unaligned();
                 let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair));
                 for (sum, w) in row.iter_mut().zip(w) {
                     *sum = _mm512_dpbf16_ps(*sum, pair, w);
@@ -210,7 +277,7 @@ unsafe fn tile<const R: usize>(
         }
         for (r, row) in acc.iter().enumerate() {
             for (sum, at) in row.iter().zip([0, LANES]) {
-                _mm512_storeu_ps(sums.add(r * PANEL + at), *sum);
+                _mm512_storeu_ps(sums.y.add(r * sums.stride + at), *sum);
             }
         }
     }

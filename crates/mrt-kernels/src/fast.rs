@@ -1,5 +1,5 @@
-//! The fast lane: weight products on units that multiply 16-bit numbers, at the price of the numerics contract.
-//! Opt-in, never the default.
+//! The fast lane: products on units that multiply 16-bit numbers, at the price of the numerics contract: with weights, and on
+//! `fast-bf16` with the KV cache. Opt-in, never the default.
 //!
 //! The activations are rounded to 16 bits, once for all panels, and sums need not be one chain of fused multiply-adds.
 //! For one lane and the same batches the result still depends on nothing else, not on the number of threads either; other
@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use crate::attention::{self, KvGroup};
 use crate::isa::Isa;
 use crate::panel::panel_count;
 use crate::product::{Epilogue, Lhs, Rhs, check_product};
@@ -124,6 +125,16 @@ impl FastLane {
             Lane::Kleidiai => rows > 0,
         }
     }
+
+    /// Whether attention of that many tokens is faster here than exactly: never, where the lane has none of its own.
+    pub fn attends(self, tokens: usize) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Lane::Bf16 => tokens >= crate::bf16::LEAST_ROWS,
+            #[cfg(target_arch = "aarch64")]
+            _ => false,
+        }
+    }
 }
 
 /// The left-hand side of a fast product, packed by [`pack_fast_rows`]: as many rows as `scales`.
@@ -227,6 +238,22 @@ pub fn fast_product(
         // SAFETY: as above.
         #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
         Lane::Kleidiai => unsafe { crate::kleidiai::product(lhs, rhs, epilogue, y, scratch) },
+    }
+}
+
+/// [`attention`](crate::attention) on a fast lane. The bits of a token do not depend on those beside it.
+///
+/// # Panics
+/// As there, and where the lane has no attention of its own.
+pub fn fast_attention(lane: FastLane, group: KvGroup<'_>, out: &mut Window<'_>, scratch: &mut [f32]) {
+    if attention::check(group, out, scratch) {
+        match lane.0 {
+            // SAFETY: a `FastLane` proves that its features were detected; `check` is the rest of the contract.
+            #[cfg(target_arch = "x86_64")]
+            Lane::Bf16 => unsafe { crate::bf16::attention(group, out, scratch) },
+            #[cfg(target_arch = "aarch64")]
+            _ => unreachable!("no attention on {}", lane.name()),
+        }
     }
 }
 

@@ -35,7 +35,9 @@ mod neon;
 mod portable;
 
 pub use attention::{KvGroup, attention, attention_scratch_len};
-pub use fast::{FAST_ROWS, FastLane, FastLhs, Numerics, fast_len, fast_product, pack_fast_rows};
+pub use fast::{
+    FAST_ROWS, FastLane, FastLhs, Numerics, fast_attention, fast_len, fast_product, pack_fast_rows,
+};
 /// The element type of panels, of the `half` crate.
 pub use half::f16;
 pub use isa::Isa;

@@ -163,7 +163,7 @@ fn tile_tokens(group: usize) -> usize {
 /// Elements of scratch that a worker needs for [`attention`].
 pub(crate) fn attention_scratch_len(kv: &KvShape, group: usize, batch: usize) -> usize {
     let rows = tile_tokens(group).min(batch) * group;
-    mrt_kernels::attention_scratch_len(rows, kv.context)
+    mrt_kernels::attention_scratch_len(rows, kv.head_dim, kv.context)
 }
 
 /// Rotates Q and K of each token (`cos` and `sin`: `[tokens][head_dim / 2]`), writes the rotated queries, already
@@ -219,6 +219,10 @@ pub(crate) fn attention(
 ) {
     let isa = products.isa;
     let Heads { kv, group, tokens, start } = heads;
+    let lane = match products.numerics {
+        Numerics::Fast(lane) if lane.attends(tokens) => Some(lane),
+        _ => None,
+    };
     let (d, width) = (kv.head_dim, group * kv.heads * kv.head_dim);
     let tile = heads.tile();
     let blocks = Blocks::new(Window::new(out, tokens, width, width), tile, group * d);
@@ -233,6 +237,9 @@ pub(crate) fn attention(
             keys: Rhs { panels: &k[g * kv.k_head_len()..][..kv.k_head_len()], stride: panel_len(d) },
             values: Rhs { panels: &v[g * kv.v_head_len()..][..kv.v_head_len()], stride: kv.v_panel_len() },
         };
-        mrt_kernels::attention(isa, group, &mut out, scratch);
+        match lane {
+            Some(lane) => mrt_kernels::fast_attention(lane, group, &mut out, scratch),
+            None => mrt_kernels::attention(isa, group, &mut out, scratch),
+        }
     });
 }

@@ -116,7 +116,7 @@ pub struct Limit {
     pub bytes_s: f64,
     /// Products with weights.
     pub flop_s: f64,
-    /// Attention, which is exact on every lane.
+    /// Attention, which is exact on some fast lanes.
     pub attention_flop_s: f64,
 }
 
@@ -124,14 +124,17 @@ impl Roofline {
     /// What bounds products; none where the peak is not measured.
     pub fn limit(&self, isa: Isa, numerics: Numerics) -> Option<Limit> {
         let exact = &self.fma_gflop_s.iter().find(|peak| peak.isa == isa.name())?.rate;
-        let products = match numerics {
-            Numerics::Exact => exact,
-            Numerics::Fast(_) => &self.fast_gflop_s.as_ref()?.rate,
+        let (products, attention) = match numerics {
+            Numerics::Exact => (exact, exact),
+            Numerics::Fast(lane) => {
+                let fast = &self.fast_gflop_s.as_ref()?.rate;
+                (fast, if lane.attends(usize::MAX) { fast } else { exact })
+            }
         };
         Some(Limit {
             bytes_s: 1e9 * self.read_gb_s.median,
             flop_s: 1e9 * products.median,
-            attention_flop_s: 1e9 * exact.median,
+            attention_flop_s: 1e9 * attention.median,
         })
     }
 }
