@@ -3,7 +3,7 @@
 use mrt_format::Qwen2Config;
 use mrt_kernels::{Epilogue, Isa, Lhs, Numerics, Window};
 
-use crate::arena::{Arena, Bump, aligned_bytes};
+use crate::arena::{ALIGNMENT, Arena, Bump, aligned_bytes};
 use crate::error::Error;
 use crate::kv_cache::{KvCache, KvShape, kv_cache_bytes};
 use crate::ops::{self, Heads, Products};
@@ -77,58 +77,74 @@ pub fn create_qwen2_arenas(cfg: &Qwen2Config, limits: &Limits) -> Result<Qwen2Ar
         let reason = format!("this machine has {memory}; take a smaller context or batch");
         return Err(Error::Memory { bytes, reason });
     }
-    Ok(Qwen2Arenas { kv_cache: Arena::sparse(sizes.kv_cache)?, scratch: Arena::sparse(sizes.scratch)? })
+    Ok(Qwen2Arenas { kv_cache: Arena::sparse(sizes.kv_cache)?, scratch: Arena::new(sizes.scratch)? })
 }
 
 /// Working memory of [`qwen2_forward`], and the instruction set that it runs on.
 pub struct Scratch<'a> {
     batch: usize,
-    /// Residual stream, `[batch][hidden]`.
-    residual: &'a mut [f32],
-    /// Input of the products, `[batch][hidden]`.
-    normed: &'a mut [f32],
-    /// `[batch][Q, K and V]`.
-    qkv: &'a mut [f32],
-    /// Rotated queries, `[kv head][token][head of the group][head_dim]`.
-    q: &'a mut [f32],
-    /// Output of attention, `[batch][attention width]`.
-    attended: &'a mut [f32],
-    /// SwiGLU's output, `[batch][intermediate]`.
-    gated: &'a mut [f32],
     /// `1 / theta^(2i / head_dim)`, `[head_dim / 2]`.
     frequencies: &'a mut [f32],
-    /// `[batch][head_dim / 2]` each.
-    cos: &'a mut [f32],
-    sin: &'a mut [f32],
+    /// For whoever has no logits of its own, `[vocab]`.
+    pub(crate) logits: &'a mut [f32],
+    /// What [`Activations`] are cut from.
+    activations: &'a mut [f32],
     products: Products<'a>,
     /// At most so many threads of the pool work, in calls with several tokens and in calls with one.
     prefill_threads: usize,
     decode_threads: usize,
-    /// For whoever has no logits of its own, `[vocab]`.
-    pub(crate) logits: &'a mut [f32],
 }
 
-/// Elements of each f32 field of [`Scratch`], in the order of allocation, and of `packed`.
-fn scratch_lens(cfg: &Qwen2Config, limits: &Limits) -> ([usize; 12], usize) {
+/// Activations of the tokens of a prefill step.
+struct Activations<'a> {
+    /// Residual stream, `[tokens][hidden]`.
+    residual: &'a mut [f32],
+    /// Input of the products, `[tokens][hidden]`.
+    normed: &'a mut [f32],
+    /// `[tokens][Q, K and V]`.
+    qkv: &'a mut [f32],
+    /// Rotated queries, `[kv head][token][head of the group][head_dim]`.
+    q: &'a mut [f32],
+    /// Output of attention, `[tokens][attention width]`.
+    attended: &'a mut [f32],
+    /// SwiGLU's output, `[tokens][intermediate]`.
+    gated: &'a mut [f32],
+    /// `[tokens][head_dim / 2]` each.
+    cos: &'a mut [f32],
+    sin: &'a mut [f32],
+}
+
+/// Elements of each field of [`Activations`] in its order, whole cache lines.
+fn activation_lens(cfg: &Qwen2Config, tokens: usize) -> [usize; 8] {
     let (hidden, half_head) = (cfg.hidden_size as usize, cfg.head_dim as usize / 2);
     let (attention, mlp) = (cfg.attention_width(), cfg.intermediate_size as usize);
-    let batch = |width: usize| width.saturating_mul(limits.batch);
+    let widths = [hidden, hidden, cfg.qkv_columns(), attention, attention, mlp, half_head, half_head];
+    let line = ALIGNMENT / size_of::<f32>();
+    widths.map(|width| width.saturating_mul(tokens).checked_next_multiple_of(line).unwrap_or(usize::MAX))
+}
+
+impl<'a> Activations<'a> {
+    /// Cuts them off the front of `memory`, side by side, so that few tokens touch few pages.
+    fn cut(cfg: &Qwen2Config, tokens: usize, memory: &'a mut [f32]) -> Self {
+        let mut rest = memory;
+        let [residual, normed, qkv, q, attended, gated, cos, sin] = activation_lens(cfg, tokens)
+            .map(|len| rest.split_off_mut(..len).expect("the scratch memory was made for a smaller batch"));
+        Activations { residual, normed, qkv, q, attended, gated, cos, sin }
+    }
+}
+
+/// Elements of each f32 slice of [`Scratch`], in the order of allocation, and of `packed`, which follows them.
+fn scratch_lens(cfg: &Qwen2Config, limits: &Limits) -> ([usize; 5], usize) {
+    let activations = activation_lens(cfg, limits.batch).into_iter().fold(0, usize::saturating_add);
+    let widest = (cfg.hidden_size as usize).max(cfg.attention_width()).max(cfg.intermediate_size as usize);
     let f32s = [
-        batch(hidden),
-        batch(hidden),
-        batch(cfg.qkv_columns()),
-        batch(attention),
-        batch(attention),
-        batch(mlp),
-        half_head,
-        batch(half_head),
-        batch(half_head),
-        worker_len(cfg, limits).saturating_mul(limits.threads),
-        batch(1),
+        cfg.head_dim as usize / 2,
         cfg.vocab_size as usize,
+        worker_len(cfg, limits).saturating_mul(limits.threads),
+        limits.batch,
+        activations,
     ];
-    let packed = mrt_kernels::fast_len(limits.batch, hidden.max(attention).max(mlp));
-    (f32s, packed)
+    (f32s, mrt_kernels::fast_len(limits.batch, widest))
 }
 
 /// Elements of scratch of one thread; a multiple of two cache lines, so that threads share none.
@@ -150,31 +166,19 @@ pub fn qwen2_init_scratch<'a>(
     arena: &mut Bump<'a>,
 ) -> Result<Scratch<'a>, Error> {
     let (f32s, packed) = scratch_lens(cfg, limits);
-    let packed = arena.alloc::<u16>(packed)?;
     let mut lens = f32s.into_iter();
     let mut next = || arena.alloc::<f32>(lens.next().unwrap_or_default());
+    let (frequencies, logits, workers, scales, activations) = (next()?, next()?, next()?, next()?, next()?);
+    let packed = arena.alloc::<u16>(packed)?;
+    let worker_len = worker_len(cfg, limits);
     let scratch = Scratch {
         batch: limits.batch,
-        residual: next()?,
-        normed: next()?,
-        qkv: next()?,
-        q: next()?,
-        attended: next()?,
-        gated: next()?,
-        frequencies: next()?,
-        cos: next()?,
-        sin: next()?,
-        products: Products {
-            isa,
-            numerics: Numerics::Exact,
-            workers: next()?,
-            worker_len: worker_len(cfg, limits),
-            packed,
-            scales: next()?,
-        },
+        frequencies,
+        logits,
+        activations,
+        products: Products { isa, numerics: Numerics::Exact, workers, worker_len, packed, scales },
         prefill_threads: usize::MAX,
         decode_threads: usize::MAX,
-        logits: next()?,
     };
     for (i, f) in scratch.frequencies.iter_mut().enumerate() {
         // f64 rounded once: what Hugging Face computes in f32, to the last bit or the one beside it.
@@ -320,8 +324,7 @@ pub fn qwen2_forward_observed(
     let phase = if tokens.len() == 1 { scratch.decode_threads } else { scratch.prefill_threads };
     pool.set_threads(phase.min(pool_threads));
     let eps = cfg.rms_norm_eps as f32;
-    let Scratch { batch, residual, normed, qkv, q, attended, gated, frequencies, cos, sin, products, .. } =
-        scratch;
+    let Scratch { batch, frequencies, activations, products, .. } = scratch;
     let isa = products.isa;
     let group = (cfg.num_heads / cfg.num_kv_heads) as usize;
 
@@ -332,6 +335,8 @@ pub fn qwen2_forward_observed(
         let mut observe = |stage, layer, values: &[f32], tokens| {
             observe(Observation { stage, layer, position, tokens, values });
         };
+        let Activations { residual, normed, qkv, q, attended, gated, cos, sin } =
+            Activations::cut(cfg, n, activations);
         rope_table(frequencies, kv.len(), cos, sin, n);
         let residual = &mut residual[..n * hidden];
         let normed = &mut normed[..n * hidden];
