@@ -126,11 +126,11 @@ impl FastLane {
         }
     }
 
-    /// Whether attention of that many tokens is faster here than exactly: never, where the lane has none of its own.
-    pub fn attends(self, tokens: usize) -> bool {
+    /// Whether the lane has attention of its own.
+    pub fn attends(self) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Lane::Bf16 => tokens >= crate::bf16::LEAST_ROWS,
+            Lane::Bf16 => true,
             #[cfg(target_arch = "aarch64")]
             _ => false,
         }
@@ -244,7 +244,7 @@ pub fn fast_product(
 /// [`attention`](crate::attention) on a fast lane. The bits of a token do not depend on those beside it.
 ///
 /// # Panics
-/// As there, and where the lane has no attention of its own.
+/// As there, and when the lane has none of its own.
 pub fn fast_attention(lane: FastLane, group: KvGroup<'_>, out: &mut Window<'_>, scratch: &mut [f32]) {
     if attention::check(group, out, scratch) {
         match lane.0 {

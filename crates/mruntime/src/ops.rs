@@ -220,7 +220,7 @@ pub(crate) fn attention(
     let isa = products.isa;
     let Heads { kv, group, tokens, start } = heads;
     let lane = match products.numerics {
-        Numerics::Fast(lane) if lane.attends(tokens) => Some(lane),
+        Numerics::Fast(lane) if lane.attends() && lane.takes(tokens) => Some(lane),
         _ => None,
     };
     let (d, width) = (kv.head_dim, group * kv.heads * kv.head_dim);

@@ -128,7 +128,7 @@ impl Roofline {
             Numerics::Exact => (exact, exact),
             Numerics::Fast(lane) => {
                 let fast = &self.fast_gflop_s.as_ref()?.rate;
-                (fast, if lane.attends(usize::MAX) { fast } else { exact })
+                (fast, if lane.attends() { fast } else { exact })
             }
         };
         Some(Limit {
