@@ -33,7 +33,8 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// Allocates `bytes` bytes of zeros, in huge pages where the system has them: for what will be used as a whole.
+    /// Allocates `bytes` bytes of zeros, in huge pages where the system has them: for what will be used as a whole, or from its
+    /// beginning on.
     ///
     /// # Errors
     /// When the system refuses them.

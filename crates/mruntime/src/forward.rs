@@ -128,7 +128,7 @@ impl<'a> Activations<'a> {
     fn cut(cfg: &Qwen2Config, tokens: usize, memory: &'a mut [f32]) -> Self {
         let mut rest = memory;
         let [residual, normed, qkv, q, attended, gated, cos, sin] = activation_lens(cfg, tokens)
-            .map(|len| rest.split_off_mut(..len).expect("the scratch memory was made for a smaller batch"));
+            .map(|len| rest.split_off_mut(..len).expect("scratch memory of another config"));
         Activations { residual, normed, qkv, q, attended, gated, cos, sin }
     }
 }
