@@ -16,9 +16,9 @@ use crate::product::{K_BLOCK, Left, Rhs, Sums, add_products};
 use crate::rows::softmax_lanes;
 use crate::window::{Window, span};
 
-/// Positions of a V panel that all rows go through before the next ones: 16 KiB of FP16, or of half the columns widened,
+/// Inputs of a panel that all rows go through before the next ones: 16 KiB of 16-bit numbers, or of half the columns widened,
 /// which stay in the L1 cache.
-const V_BLOCK: usize = 256;
+pub(crate) const BLOCK: usize = 256;
 
 /// What attention reads: the queries of one KV group, and the keys and values of its KV head.
 #[derive(Clone, Copy)]
@@ -126,11 +126,11 @@ impl<L: Lanes> AttentionProducts for Exact<L> {
 
     #[inline(always)]
     unsafe fn add(rows: usize, x: Left, k: usize, panel: *const f16, wide: &mut [f32], sums: Sums) {
-        for start in (0..k).step_by(V_BLOCK) {
+        for start in (0..k).step_by(BLOCK) {
             // SAFETY: the contract of `add_products`; rows start .. of the panel are inside it, and columns start .. of `x`.
             unsafe {
                 let x = Left { x: x.x.add(start), ..x };
-                add_products::<L>(rows, x, V_BLOCK.min(k - start), panel.add(start * PANEL), wide, sums);
+                add_products::<L>(rows, x, BLOCK.min(k - start), panel.add(start * PANEL), wide, sums);
             }
         }
     }
@@ -173,14 +173,8 @@ pub(crate) unsafe fn attend<L: Lanes, P: AttentionProducts>(
         for j in 0..panel_count(head_dim) {
             let panel = &values.panels[j * values.stride..];
             sums.fill(0.0);
-            P::add(
-                rows,
-                x,
-                positions,
-                panel.as_ptr().add(PANEL),
-                wide,
-                Sums { y: sums.as_mut_ptr(), stride: PANEL },
-            );
+            let out_sums = Sums { y: sums.as_mut_ptr(), stride: PANEL };
+            P::add(rows, x, positions, panel.as_ptr().add(PANEL), wide, out_sums);
             let columns = PANEL.min(head_dim - j * PANEL);
             for (r, (sums, factor)) in sums.chunks_exact(PANEL).zip(&*factors).enumerate() {
                 let out = &mut out.row(r / heads)[r % heads * head_dim + j * PANEL..][..columns];

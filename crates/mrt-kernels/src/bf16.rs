@@ -25,9 +25,6 @@ pub(crate) const LEAST_ROWS: usize = 8;
 /// Rows of the register tile, as in `avx512.rs`: 24 accumulators, two pairs of weights, activations broadcast from memory.
 const TILE_ROWS: usize = 12;
 
-/// Inputs of a product of attention that all rows pass over before the next ones: pairs of 16 KiB, half of the L1 cache.
-const ATTENTION_BLOCK: usize = 256;
-
 pub(crate) fn is_detected() -> bool {
     is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")
 }
@@ -128,7 +125,7 @@ impl AttentionProducts for Bf16Attention {
     #[inline(always)]
     unsafe fn add(rows: usize, x: Rows, k: usize, panel: *const f16, wide: &mut [f32], sums: Sums) {
         // SAFETY: the contract of the trait; a block of attention is shorter than `wide`.
-        unsafe { add_products::<ATTENTION_BLOCK>(rows, x, k, panel, wide, sums) }
+        unsafe { add_products::<{ attention::BLOCK }>(rows, x, k, panel, wide, sums) }
     }
 }
 

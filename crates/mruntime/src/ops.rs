@@ -57,6 +57,16 @@ pub(crate) struct Products<'a> {
     pub scales: &'a mut [f32],
 }
 
+impl Products<'_> {
+    /// The fast lane, where it was asked for and is faster with that many rows.
+    fn lane(&self, rows: usize) -> Option<FastLane> {
+        match self.numerics {
+            Numerics::Fast(lane) => Some(lane).filter(|lane| lane.takes(rows)),
+            Numerics::Exact => None,
+        }
+    }
+}
+
 /// `out = epilogue(lhs * panels)`, the columns of `out` spread over the threads.
 pub(crate) fn linear(
     products: &mut Products<'_>,
@@ -66,10 +76,7 @@ pub(crate) fn linear(
     out: Window<'_>,
     pool: &mut Pool,
 ) {
-    let lane = match products.numerics {
-        Numerics::Fast(lane) if lane.takes(lhs.rows) => Some(lane),
-        _ => None,
-    };
+    let lane = products.lane(lhs.rows);
     let rows = match lane {
         // It makes pairs of a panel's weights, once for all rows.
         Some(_) => lhs.rows,
@@ -219,10 +226,7 @@ pub(crate) fn attention(
 ) {
     let isa = products.isa;
     let Heads { kv, group, tokens, start } = heads;
-    let lane = match products.numerics {
-        Numerics::Fast(lane) if lane.attends() && lane.takes(tokens) => Some(lane),
-        _ => None,
-    };
+    let lane = products.lane(tokens).filter(|lane| lane.attends());
     let (d, width) = (kv.head_dim, group * kv.heads * kv.head_dim);
     let tile = heads.tile();
     let blocks = Blocks::new(Window::new(out, tokens, width, width), tile, group * d);
