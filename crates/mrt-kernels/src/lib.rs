@@ -11,6 +11,7 @@
 
 mod attention;
 mod fast;
+mod gemv;
 mod isa;
 mod lanes;
 mod panel;

@@ -65,27 +65,28 @@ unsafe fn rounds<L: Lanes, const CHAINS: usize>(iterations: u64) -> u64 {
 #[inline(always)]
 unsafe fn greatest<L: Lanes>(x: &[f32]) -> f32 {
     // SAFETY: the instruction set is `dispatch!`'s promise.
-    unsafe { greatest_of::<L, 1>(x) }
+    unsafe { greatest_of::<L, false>(x) }
 }
 
 #[inline(always)]
 unsafe fn greatest_in_turn<L: Lanes>(x: &[f32]) -> f32 {
     // SAFETY: the instruction set is `dispatch!`'s promise.
-    unsafe { greatest_of::<L, 4>(x) }
+    unsafe { greatest_of::<L, true>(x) }
 }
 
-/// Takes a vector of each of `PLACES` parts of `x` in turn.
+/// Takes four vectors a round: the next ones, or one of each quarter of `x`.
 #[inline(always)]
-unsafe fn greatest_of<L: Lanes, const PLACES: usize>(x: &[f32]) -> f32 {
+unsafe fn greatest_of<L: Lanes, const IN_TURN: bool>(x: &[f32]) -> f32 {
     let (vectors, rest) = x.as_chunks::<LANES>();
-    let (parts, last) = vectors.split_at(vectors.len() / PLACES * PLACES);
-    let part = parts.len() / PLACES;
+    let rounds = vectors.len() / 4;
+    let (vectors, last) = vectors.split_at(4 * rounds);
     // SAFETY: the instruction set is the caller's promise.
-    let mut max = unsafe { [L::splat(f32::NEG_INFINITY); PLACES] };
-    for i in 0..part {
+    let mut max = unsafe { [L::splat(f32::NEG_INFINITY); 4] };
+    for i in 0..rounds {
         for (p, max) in max.iter_mut().enumerate() {
-            // SAFETY: p * part + i < PLACES * part, the vectors of `parts`; the instruction set as above.
-            *max = max.max(unsafe { L::load(parts.as_ptr().add(p * part + i).cast()) });
+            let vector = if IN_TURN { p * rounds + i } else { 4 * i + p };
+            // SAFETY: both are below 4 * rounds, the vectors; the instruction set as above.
+            *max = max.max(unsafe { L::load(vectors.as_ptr().add(vector).cast()) });
         }
     }
     let greatest = max.into_iter().reduce(L::max).map_or(f32::NEG_INFINITY, |max| max.tree(f32::max));

@@ -1,5 +1,5 @@
-//! The matrix product with panels on the right-hand side: GEMV, small batches and GEMM. Of a few rows, which wait for memory,
-//! see [`streams`](crate::streams).
+//! The matrix product with panels on the right-hand side. Of a few rows, which wait for memory, see [`gemv`](crate::gemv) and
+//! [`streams`](crate::streams).
 //!
 //! Each output is one chain `y = fma(x[k], w[k], y)` in ascending k that starts from the bias. However the work is
 //! cut (into tiles of rows, blocks of k, columns for threads), no chain is reordered; a partial sum that waits
@@ -9,6 +9,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
+use crate::gemv::{GEMV_ROWS, gemv};
 use crate::isa::{Isa, dispatch};
 use crate::lanes::{Element, Lanes};
 use crate::panel::{LANES, PANEL, panel_count, panel_len};
@@ -23,10 +24,6 @@ pub(crate) const K_BLOCK: usize = 1024;
 
 /// Rows of a panel that the L1 cache holds beside all else: 16 KiB.
 const NEAR_ROWS: usize = 256;
-
-/// Rows of the left-hand side up to which a panel that the L1 cache does not hold is read in one pass. With more, two
-/// passes are faster, though the registers would hold all sums: by a fifth from 4 to 6 rows with AVX-512.
-const ONE_PASS_ROWS: usize = 3;
 
 /// The left-hand side of a product: `rows` rows of `k` activations, `stride` elements apart.
 #[derive(Clone, Copy)]
@@ -154,6 +151,8 @@ unsafe fn exact<L: Lanes>(
     unsafe {
         if L::STREAMS && lhs.rows <= STREAMED_ROWS {
             streamed_product::<L>(lhs, rhs, epilogue, y, scratch);
+        } else if lhs.rows <= GEMV_ROWS {
+            gemv::<L>(lhs, rhs, epilogue, y);
         } else {
             product::<L>(&Exact(lhs, PhantomData::<L>), rhs, epilogue, y, scratch);
         }
@@ -177,7 +176,7 @@ pub(crate) unsafe fn product<L: Lanes>(
     let tile_len = rows * PANEL;
     let panels_per_output = epilogue.panels_per_output();
     for (j, start) in (0..y.columns()).step_by(PANEL).enumerate() {
-        let columns = PANEL.min(y.columns() - start);
+        let end = y.columns().min(start + PANEL);
         // The lines of the results come into the L2 cache while their sums are computed. On Zen 4 prefill is 1 % faster so with
         // one thread.
         for r in 0..rows {
@@ -190,37 +189,48 @@ pub(crate) unsafe fn product<L: Lanes>(
             for (i, sums) in sums.chunks_exact_mut(tile_len).take(panels_per_output).enumerate() {
                 lhs.panel_sums(&rhs.panels[(j * panels_per_output + i) * rhs.stride..], wide, sums);
             }
-            let (sums, up) = sums.split_at_mut(tile_len);
+            let (sums, up) = sums.as_chunks::<PANEL>().0.split_at(rows);
             for r in 0..rows {
-                let row = &mut y.row(r)[start..start + columns];
-                finish::<L>(&mut sums[r * PANEL..][..PANEL], &up[r * PANEL..][..PANEL], epilogue, row);
+                let row = &mut y.row(r)[start..end];
+                finish::<L>(load_sums(&sums[r]), load_sums(&up[r]), epilogue, row);
             }
         }
     }
 }
 
-/// Applies the epilogue to one row of 32 sums and writes as many as `y` holds. Works in `sums`.
+/// Applies the epilogue to the 32 sums of one row, for SwiGLU with those of its `up` panel, and writes as many as `y` holds.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `sums` and, for SwiGLU, `up` hold 32 elements.
+/// The machine has `L`'s instruction set.
 #[inline(always)]
-pub(crate) unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: &mut [f32]) {
-    match epilogue {
-        Epilogue::Store => y.copy_from_slice(&sums[..y.len()]),
-        Epilogue::Add => {
-            for (y, sum) in y.iter_mut().zip(sums) {
-                *y += *sum;
-            }
+pub(crate) unsafe fn finish<L: Lanes>(sums: [L; 2], up: [L; 2], epilogue: Epilogue, y: &mut [f32]) {
+    // SAFETY: the contract above; each chunk holds 16 elements.
+    unsafe {
+        let results = match epilogue {
+            Epilogue::Store | Epilogue::Add => sums,
+            Epilogue::SwiGlu => [swiglu(sums[0], up[0]), swiglu(sums[1], up[1])],
+        };
+        let add = epilogue == Epilogue::Add;
+        let (whole, rest) = y.as_chunks_mut::<LANES>();
+        for (y, result) in whole.iter_mut().map(|y| y.as_mut_ptr()).zip(results) {
+            if add { L::load(y).add(result) } else { result }.store(y);
         }
-        Epilogue::SwiGlu => {
-            let (gate, _) = sums.as_chunks_mut::<LANES>();
-            for (gate, up) in gate.iter_mut().zip(up.as_chunks::<LANES>().0) {
-                // SAFETY: both chunks hold 16 elements; the instruction set is `dispatch!`'s promise.
-                unsafe { swiglu(L::load(gate.as_ptr()), L::load(up.as_ptr())).store(gate.as_mut_ptr()) };
+        if let Some(last) = results.get(whole.len()) {
+            for (y, result) in rest.iter_mut().zip(last.to_array()) {
+                *y = if add { *y + result } else { result };
             }
-            y.copy_from_slice(&sums[..y.len()]);
         }
     }
+}
+
+/// 32 sums that wait in memory.
+///
+/// # Safety
+/// The machine has `L`'s instruction set.
+#[inline(always)]
+pub(crate) unsafe fn load_sums<L: Lanes>(sums: &[f32; PANEL]) -> [L; 2] {
+    // SAFETY: the contract above; both halves hold 16 elements.
+    unsafe { [L::load(sums.as_ptr()), L::load(sums[LANES..].as_ptr())] }
 }
 
 /// Fills the sums of each row with the biases of `panel`.
@@ -358,7 +368,7 @@ pub(crate) unsafe fn add_products<L: Lanes>(
     // and so are columns start .. start + block of each row of `x`.
     unsafe {
         let near = k <= NEAR_ROWS;
-        if rows <= L::DIRECT_ROWS && (near || rows <= ONE_PASS_ROWS) {
+        if near && rows <= L::DIRECT_ROWS {
             let ahead = Ahead::all(panel.wrapping_add(L::PREFETCH_ROWS * PANEL), true);
             tile_rows::<L, f16, 2>(rows, x, k, panel, ahead, sums);
             return;
