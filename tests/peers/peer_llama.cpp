@@ -1,4 +1,5 @@
-// peer_llama MODEL.gguf TOKENS.json THREADS MODE REPETITIONS: see peers.py, which starts it and reads its one line of JSON.
+// peer_llama MODEL.gguf TOKENS.json THREADS MODE REPETITIONS: see peers.py, which starts it and reads its one line of JSON, in mode
+// `turns` one for each line of standard input.
 #include "llama.h"
 
 #include <cstdio>
@@ -58,6 +59,21 @@ int main(int argc, char ** argv) {
     if (std::string(argv[4]) == "start") {
         const int token = prompt(16);
         printf("{\"ready\": %.6f, \"first\": %.6f, \"tokens\": [%d]}\n", ready, now() - start, token);
+        return 0;
+    }
+    if (std::string(argv[4]) == "turns") {
+        prompt(32);
+        for (int n; scanf("%d", &n) == 1;) {
+            llama_memory_seq_rm(llama_get_memory(context), -1, 32, -1);
+            for (int i = 0; i < n; i++) {
+                const double begin = now();
+                if (llama_decode(context, llama_batch_get_one(&tokens[32 + i], 1)) != 0) return 1;
+                llama_get_logits_ith(context, -1);
+                printf("%s%.9f", i ? ", " : "[", now() - begin);
+            }
+            printf("]\n");
+            fflush(stdout);
+        }
         return 0;
     }
     std::vector<double> prefill, decode, chosen;

@@ -5,6 +5,8 @@
                                        and makes the model in every format: 25 GB, half an hour of two cores
     peers.py run DIR RESULTS.csv       measures them in turns, --rounds times; may be stopped and called again
     peers.py table RESULTS.csv         prints medians and ratios; --csv or --json for machines
+    peers.py turns DIR                 decodes beside llama.cpp, in turns of less than a second: what memory can do changes
+                                       within minutes, and both meet the same
 
 A round starts, for each program and number of threads, a process from its start to the first token of a prompt of 16
 tokens, and a process that prefills 512 tokens and decodes 64 after 32. Each does every measured thing once before, to
@@ -35,6 +37,8 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 MODELS = os.path.join(HERE, "..", "..", "models")
 THREADS = (1, 2)
+# Tokens of a turn.
+TURN = 12
 # Seconds between the processes.
 SETTLE = 5
 # The first tokens after 32 of the prompt, as every program finds them that computes what the model says.
@@ -273,6 +277,43 @@ def run(args):
             print(f"{program} {dtype}, {threads} threads: {medians}", file=sys.stderr)
 
 
+def turns(args):
+    """Prints rates of decoding, and ratios of those of the same round."""
+    read_models_anew(args)
+    for threads in THREADS:
+        commands = {OURS: f"{args.bin}mr-bench turns -m {args.dir}/model.mrt -t {threads}"}
+        commands |= {f"{program} {dtype}": command.format(dir=args.dir) + f" {threads} turns 0"
+                     for program, dtype, command in PEERS if program == "llama.cpp"}
+        env = {**os.environ, "PEER_START": "0"}
+        processes = {name: subprocess.Popen(command.split(), env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                     for name, command in commands.items()}
+
+        def rate(name):
+            print(TURN, file=processes[name].stdin, flush=True)
+            # The first ones bring back into the caches what the others have displaced.
+            return 1 / statistics.median(json.loads(processes[name].stdout.readline())[2:])
+
+        names = list(commands)
+        for name in names:
+            rate(name)
+        rates = {name: [] for name in names}
+        for i in range(args.rounds):
+            for name in names[i % len(names):] + names[:i % len(names)]:
+                rates[name].append(rate(name))
+        for process in processes.values():
+            process.stdin.close()
+            process.wait()
+        for name in names:
+            line = (f"{threads} threads, {name}: {min(rates[name]):.1f} to {max(rates[name]):.1f} tok/s, median "
+                    f"{statistics.median(rates[name]):.1f}")
+            if name != OURS:
+                ratios = [ours / theirs for ours, theirs in zip(rates[OURS], rates[name])]
+                low, median, high = statistics.quantiles(ratios, n=4)
+                line += (f"; {OURS} is {median:.2f} times as fast (quartiles {low:.2f} and {high:.2f}), faster in "
+                         f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)} rounds")
+            print(line)
+
+
 def table(args):
     with open(args.results, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -314,16 +355,17 @@ def table(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, work in (("install", install), ("run", run), ("table", table)):
+    for name, work in (("install", install), ("run", run), ("table", table), ("turns", turns)):
         command = commands.add_parser(name)
         command.set_defaults(work=work)
         if name != "table":
             command.add_argument("dir", type=os.path.abspath)
             command.add_argument("--bin", help="directory of mr-bench and mr-convert")
-        if name != "install":
+        if name in ("run", "table"):
             command.add_argument("results")
+        if name in ("run", "turns"):
+            command.add_argument("--rounds", type=int, default=3 if name == "run" else 40)
         if name == "run":
-            command.add_argument("--rounds", type=int, default=3)
             command.add_argument("--repetitions", type=int, default=2, help="measurements of each process")
             command.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so many")
             command.add_argument("--only", default=".", help="programs and types that this regular expression finds")

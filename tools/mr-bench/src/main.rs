@@ -16,6 +16,7 @@ mod roofline;
 #[cfg(target_os = "linux")]
 mod sparse;
 mod speed;
+mod turns;
 mod work;
 
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Speed(speed::SpeedArgs),
+    Turns(turns::TurnsArgs),
     Roofline(roofline::RooflineArgs),
     #[cfg(target_os = "linux")]
     Cold(cold::ColdArgs),
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
     }
     mr_cli::exit_code(match mr_cli::parse::<Cli>().command {
         Command::Speed(args) => speed::run(args),
+        Command::Turns(args) => turns::run(args),
         Command::Roofline(args) => roofline::run(args),
         #[cfg(target_os = "linux")]
         Command::Cold(args) => cold::run(args),

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -343,6 +344,37 @@ fn a_cold_start_is_the_sum_of_its_stages() {
     let table = stdout(&args);
     assert!(table.contains("| first token, ms ") && table.contains(" 0.1b |"), "{table}");
     assert!(error(&["cold", "-m", "missing.mrt"]).contains("missing.mrt"));
+}
+
+#[test]
+fn each_line_is_a_turn() {
+    let model = &TinyModel::all()[0];
+    let turns = |lines: &str| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_mr-bench"))
+            .args(["turns", "--model-dir", text(&model.dir), "--threads", "2"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    let output = turns("3\n0\n256\n");
+    assert!(output.status.success(), "{output:?}");
+    let seconds: Vec<Vec<f64>> = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert!(seconds.iter().map(Vec::len).eq([3, 0, 256]));
+    assert!(seconds.iter().flatten().all(|&s| s > 0.0));
+    for line in ["257", "-1", "x"] {
+        let output = turns(line);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let message = format!("error: standard input: \"{line}\" is not a number of tokens up to 256\n");
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), message);
+    }
 }
 
 #[test]
