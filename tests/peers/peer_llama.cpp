@@ -1,5 +1,5 @@
-// peer_llama MODEL.gguf TOKENS.json THREADS MODE REPETITIONS: see peers.py, which starts it and reads its one line of JSON, in mode
-// `turns` one for each line of standard input.
+// peer_llama MODEL.gguf TOKENS.json THREADS MODE REPETITIONS: see peers.py, which starts it and reads its one line of JSON; in
+// mode `turns`, one for each number of tokens on standard input.
 #include "llama.h"
 
 #include <cstdio>

@@ -290,8 +290,11 @@ def turns(args):
 
         def rate(name):
             print(TURN, file=processes[name].stdin, flush=True)
+            answer = processes[name].stdout.readline()
+            if not answer:
+                sys.exit(f"{name} has ended")
             # The first ones bring back into the caches what the others have displaced.
-            return 1 / statistics.median(json.loads(processes[name].stdout.readline())[2:])
+            return 1 / statistics.median(json.loads(answer)[2:])
 
         names = list(commands)
         for name in names:
