@@ -176,7 +176,7 @@ pub(crate) unsafe fn product<L: Lanes>(
     let tile_len = rows * PANEL;
     let panels_per_output = epilogue.panels_per_output();
     for (j, start) in (0..y.columns()).step_by(PANEL).enumerate() {
-        let end = y.columns().min(start + PANEL);
+        let columns = PANEL.min(y.columns() - start);
         // The lines of the results come into the L2 cache while their sums are computed. On Zen 4 prefill is 1 % faster so with
         // one thread.
         for r in 0..rows {
@@ -189,48 +189,37 @@ pub(crate) unsafe fn product<L: Lanes>(
             for (i, sums) in sums.chunks_exact_mut(tile_len).take(panels_per_output).enumerate() {
                 lhs.panel_sums(&rhs.panels[(j * panels_per_output + i) * rhs.stride..], wide, sums);
             }
-            let (sums, up) = sums.as_chunks::<PANEL>().0.split_at(rows);
+            let (sums, up) = sums.split_at_mut(tile_len);
             for r in 0..rows {
-                let row = &mut y.row(r)[start..end];
-                finish::<L>(load_sums(&sums[r]), load_sums(&up[r]), epilogue, row);
+                let row = &mut y.row(r)[start..start + columns];
+                finish::<L>(&mut sums[r * PANEL..][..PANEL], &up[r * PANEL..][..PANEL], epilogue, row);
             }
         }
     }
 }
 
-/// Applies the epilogue to the 32 sums of one row, for SwiGLU with those of its `up` panel, and writes as many as `y` holds.
+/// Applies the epilogue to one row of 32 sums and writes as many as `y` holds. Works in `sums`.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set.
+/// The machine has `L`'s instruction set; `sums` and, for SwiGLU, `up` hold 32 elements.
 #[inline(always)]
-pub(crate) unsafe fn finish<L: Lanes>(sums: [L; 2], up: [L; 2], epilogue: Epilogue, y: &mut [f32]) {
-    // SAFETY: the contract above; each chunk holds 16 elements.
-    unsafe {
-        let results = match epilogue {
-            Epilogue::Store | Epilogue::Add => sums,
-            Epilogue::SwiGlu => [swiglu(sums[0], up[0]), swiglu(sums[1], up[1])],
-        };
-        let add = epilogue == Epilogue::Add;
-        let (whole, rest) = y.as_chunks_mut::<LANES>();
-        for (y, result) in whole.iter_mut().map(|y| y.as_mut_ptr()).zip(results) {
-            if add { L::load(y).add(result) } else { result }.store(y);
-        }
-        if let Some(last) = results.get(whole.len()) {
-            for (y, result) in rest.iter_mut().zip(last.to_array()) {
-                *y = if add { *y + result } else { result };
+pub(crate) unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: &mut [f32]) {
+    match epilogue {
+        Epilogue::Store => y.copy_from_slice(&sums[..y.len()]),
+        Epilogue::Add => {
+            for (y, sum) in y.iter_mut().zip(sums) {
+                *y += *sum;
             }
         }
+        Epilogue::SwiGlu => {
+            let (gate, _) = sums.as_chunks_mut::<LANES>();
+            for (gate, up) in gate.iter_mut().zip(up.as_chunks::<LANES>().0) {
+                // SAFETY: both chunks hold 16 elements; the instruction set is `dispatch!`'s promise.
+                unsafe { swiglu(L::load(gate.as_ptr()), L::load(up.as_ptr())).store(gate.as_mut_ptr()) };
+            }
+            y.copy_from_slice(&sums[..y.len()]);
+        }
     }
-}
-
-/// 32 sums that wait in memory.
-///
-/// # Safety
-/// The machine has `L`'s instruction set.
-#[inline(always)]
-pub(crate) unsafe fn load_sums<L: Lanes>(sums: &[f32; PANEL]) -> [L; 2] {
-    // SAFETY: the contract above; both halves hold 16 elements.
-    unsafe { [L::load(sums.as_ptr()), L::load(sums[LANES..].as_ptr())] }
 }
 
 /// Fills the sums of each row with the biases of `panel`.

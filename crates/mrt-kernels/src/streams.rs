@@ -9,7 +9,7 @@ use half::f16;
 use crate::isa::{Isa, dispatch};
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL, panel_count};
-use crate::product::{Epilogue, Left, Lhs, Rhs, Sums, finish, load_sums, start_from_bias};
+use crate::product::{Epilogue, Left, Lhs, Rhs, Sums, finish, start_from_bias};
 use crate::window::Window;
 
 /// Runs of panels. With two, GEMV has a tenth less of the bandwidth on Zen 3, with three some percent.
@@ -67,13 +67,12 @@ pub(crate) unsafe fn streamed_product<L: Lanes>(
                     _ => panel_sums::<L, STREAMS>(lhs, panels, apart, sums),
                 }
             }
-            let (sums, up) = (sums.as_chunks::<PANEL>().0, up.as_chunks::<PANEL>().0);
             for s in 0..streams {
                 let start = (j + s * run) * PANEL;
-                let end = y.columns().min(start + PANEL);
+                let columns = PANEL.min(y.columns() - start);
                 for r in 0..lhs.rows {
-                    let (at, row) = (s * lhs.rows + r, &mut y.row(r)[start..end]);
-                    finish::<L>(load_sums(&sums[at]), load_sums(&up[at]), epilogue, row);
+                    let (at, row) = ((s * lhs.rows + r) * PANEL, &mut y.row(r)[start..start + columns]);
+                    finish::<L>(&mut sums[at..][..PANEL], &up[at..][..PANEL], epilogue, row);
                 }
             }
         }
