@@ -24,8 +24,8 @@ pub(crate) trait Lanes: Copy {
     const WIDEN_BLOCKS: bool;
     /// Inputs (k) that [`Lanes::tile_steps`] takes at a time.
     const K_STEP: usize = 1;
-    /// How many rows ahead a panel is fetched that is read in one pass. With AVX-512 on Zen 4 one thread decodes by 10 % slower
-    /// with 16, by 6 % with 96.
+    /// How many rows ahead a panel is fetched that is read in one pass. With AVX-512 on Zen 4 one thread decodes a tenth slower
+    /// with 16, 5 % slower with 96.
     const PREFETCH_ROWS: usize = 64;
     /// Whether products of a few rows read several panels at a time (`streams`). With AVX2 on Zen 3 that is faster; with AVX-512
     /// on Zen 4 one thread then decodes a tenth slower.
