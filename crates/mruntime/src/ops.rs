@@ -13,8 +13,8 @@ use crate::pool::{Blocks, Chunks, PerWorker, Pool};
 /// down. With more rows parts are smaller, as a panel takes longer.
 const PARTS_PER_THREAD: usize = 16;
 
-/// The most panels of a part, where there are other threads: two megabytes or so, a fraction of a millisecond. With half of it the
-/// LM head reads 3 % slower on Zen 4, as each part begins with lines that nothing has fetched.
+/// The most panels of a part, where there are other threads: two megabytes or so, a fraction of a millisecond. With half of it
+/// two threads read the LM head 3 % slower on Zen 4.
 const MAX_PART_PANELS: usize = 32;
 
 /// Panels that a part of up to [`mrt_kernels::streamed_rows`] rows has at least, where each thread has as many: four runs of some length.
