@@ -16,9 +16,11 @@ use crate::window::Window;
 const STREAMS: usize = 4;
 
 /// Inputs of a panel that are multiplied before those of the next run, and how many inputs ahead they are fetched: twice a
-/// block of each run is in the L1 cache. A multiple of 2, 3 and 4. With 16 two and three rows have 2 to 8 % less of the
-/// bandwidth on Zen 3, with 48 one row has 4 to 6 % less.
-const BLOCK: usize = 24;
+/// block of each run is in the L1 cache. On Zen 3 one row is 1 to 2 % slower with 24 than with 16, with two threads 3 to 5 %,
+/// and 2 to 8 % slower are two and three rows with 16 than with 24.
+const fn block(rows: usize) -> usize {
+    if rows == 1 { 16 } else { 24 }
+}
 
 /// Rows up to which a product may read four panels at a time.
 pub(crate) const STREAMED_ROWS: usize = 4;
@@ -92,13 +94,15 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
         for (s, sums) in sums.chunks_exact_mut(tile_len).take(S).enumerate() {
             start_from_bias::<L>(&panels[s * apart..], sums);
         }
-        for start in (0..lhs.k).step_by(BLOCK) {
-            let block = BLOCK.min(lhs.k - start);
+        // Each of the runs is fetched as often.
+        let whole = block(lhs.rows) / S * S;
+        for start in (0..lhs.k).step_by(whole) {
+            let block = whole.min(lhs.k - start);
             let x = Left { x: lhs.x.as_ptr().add(start), stride: lhs.stride };
             let panel = panels.as_ptr().add((1 + start) * PANEL);
             for s in 0..S {
                 // Each block fetches its share of the next one of every run.
-                let next = panel.wrapping_add((BLOCK + s * (BLOCK / S)) * PANEL);
+                let next = panel.wrapping_add((whole + s * (whole / S)) * PANEL);
                 let panel = panel.add(s * apart);
                 let sums = Sums { y: sums.as_mut_ptr().add(s * tile_len), stride: PANEL };
                 match lhs.rows {
