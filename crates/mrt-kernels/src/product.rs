@@ -25,6 +25,9 @@ pub(crate) const K_BLOCK: usize = 1024;
 /// Rows of a panel that the L1 cache holds beside all else: 16 KiB.
 const NEAR_ROWS: usize = 256;
 
+/// Rows of 16 sums that keep the multipliers busy: as many as an FMA has cycles, where 16 of its sums begin in each.
+const BUSY_ROWS: usize = 4;
+
 /// The left-hand side of a product: `rows` rows of `k` activations, `stride` elements apart.
 #[derive(Clone, Copy)]
 pub struct Lhs<'a> {
@@ -271,6 +274,18 @@ pub(crate) struct Left {
     pub stride: usize,
 }
 
+impl Left {
+    /// The rows from row `r` on.
+    ///
+    /// # Safety
+    /// There are so many rows.
+    #[inline(always)]
+    pub unsafe fn from_row(self, r: usize) -> Self {
+        // SAFETY: the contract above.
+        Left { x: unsafe { self.x.add(r * self.stride) }, ..self }
+    }
+}
+
 /// Rows of sums, `stride` elements apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Sums {
@@ -279,6 +294,16 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
+    /// The rows from row `r` on.
+    ///
+    /// # Safety
+    /// There are so many rows.
+    #[inline(always)]
+    pub unsafe fn from_row(self, r: usize) -> Self {
+        // SAFETY: the contract above.
+        Sums { y: unsafe { self.y.add(r * self.stride) }, ..self }
+    }
+
     /// The first `16 * G` sums of `R` rows.
     ///
     /// # Safety
@@ -357,7 +382,8 @@ pub(crate) unsafe fn add_products<L: Lanes>(
     // and so are columns start .. start + block of each row of `x`.
     unsafe {
         let near = k <= NEAR_ROWS;
-        if near && rows <= L::DIRECT_ROWS {
+        let direct = if near { direct_rows::<L>(rows) } else { 0 };
+        if direct == rows {
             let ahead = Ahead::all(panel.wrapping_add(L::PREFETCH_ROWS * PANEL), true);
             tile_rows::<L, f16, 2>(rows, x, k, panel, ahead, sums);
             return;
@@ -366,8 +392,13 @@ pub(crate) unsafe fn add_products<L: Lanes>(
             let block = K_BLOCK.min(k - start);
             let (x, panel) = (Left { x: x.x.add(start), ..x }, panel.add(start * PANEL));
             // What comes next, of this panel or the one after it, is fetched from memory meanwhile.
-            let ahead = Ahead::all(panel.wrapping_add(block * PANEL), near).halves();
-            for (half, ahead) in ahead.into_iter().enumerate() {
+            let mut ahead = Ahead::all(panel.wrapping_add(block * PANEL), near);
+            if direct > 0 {
+                tile_rows::<L, f16, 2>(direct, x, block, panel, ahead.part(0, 2), sums);
+                ahead = ahead.part(1, 2);
+            }
+            let (rows, x, sums) = (rows - direct, x.from_row(direct), sums.from_row(direct));
+            for (half, ahead) in ahead.halves().into_iter().enumerate() {
                 let (panel, sums) = (panel.add(half * LANES), Sums { y: sums.y.add(half * LANES), ..sums });
                 if L::WIDEN_BLOCKS && rows > L::TILE_ROWS {
                     let wide = wide.as_mut_ptr();
@@ -379,6 +410,17 @@ pub(crate) unsafe fn add_products<L: Lanes>(
             }
         }
     }
+}
+
+/// Of `rows` rows over a panel in the L1 cache, those that go first in a tile of all 32 columns: all that fit, or as many as
+/// leave no tile of 16 columns with fewer than [`BUSY_ROWS`]. With AVX2 attention of one token with 7 query heads to a KV head
+/// is 8 % faster so on Zen 3.
+fn direct_rows<L: Lanes>(rows: usize) -> usize {
+    if rows <= L::DIRECT_ROWS {
+        return rows;
+    }
+    let lowest = rows / rows.div_ceil(L::TILE_ROWS);
+    if !L::WIDEN_BLOCKS && rows > L::TILE_ROWS && lowest < BUSY_ROWS { L::DIRECT_ROWS } else { 0 }
 }
 
 /// Widens half of the columns of `block` rows of a panel.
@@ -405,8 +447,7 @@ unsafe fn tiles<L: Lanes, E: Element>(rows: usize, x: Left, k: usize, b: *const 
         let (first, end) = (t * rows / count, (t + 1) * rows / count);
         // SAFETY: first .. end are rows of `x` and of the sums.
         unsafe {
-            let x = Left { x: x.x.add(first * x.stride), ..x };
-            let sums = Sums { y: sums.y.add(first * sums.stride), ..sums };
+            let (x, sums) = (x.from_row(first), sums.from_row(first));
             tile_rows::<L, E, 1>(end - first, x, k, b, ahead.part(t, count), sums);
         }
     }
