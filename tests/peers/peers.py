@@ -337,7 +337,8 @@ def table(args):
         writer = csv.DictWriter(sys.stdout, list(records[0]))
         writer.writeheader()
         return writer.writerows(records)
-    first, last = rows[0]["date"][:10], rows[-1]["date"][:10]
+    days = sorted(row["date"][:10] for row in rows)
+    first, last = days[0], days[-1]
     print(f"{rows[-1]['cpu']}, {rows[-1]['cores']} cores, Linux {rows[-1]['kernel']}, "
           f"{first if first == last else first + ' to ' + last}; medians; threads: "
           f"{' / '.join(sorted({row['threads'] for row in rows}))}; in brackets the ratio to ours\n")
