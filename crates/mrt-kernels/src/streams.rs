@@ -16,8 +16,8 @@ use crate::window::Window;
 const STREAMS: usize = 4;
 
 /// Inputs of a panel that are multiplied before those of the next run, and how many inputs ahead they are fetched: twice a
-/// block of each run is in the L1 cache. On Zen 3 one row is 1 to 2 % slower with 24 than with 16, with two threads 3 to 5 %,
-/// and 2 to 8 % slower are two and three rows with 16 than with 24.
+/// block of each run is in the L1 cache. On Zen 3 one row is 1 to 2 % slower with 24 than with 16, 3 to 5 % with two threads; two
+/// and three rows are 2 to 8 % slower with 16 than with 24.
 const fn block(rows: usize) -> usize {
     if rows == 1 { 16 } else { 24 }
 }
@@ -94,7 +94,7 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
         for (s, sums) in sums.chunks_exact_mut(tile_len).take(S).enumerate() {
             start_from_bias::<L>(&panels[s * apart..], sums);
         }
-        // Each of the runs is fetched as often.
+        // A multiple of S, so that no line of the next blocks is left out.
         let whole = block(lhs.rows) / S * S;
         for start in (0..lhs.k).step_by(whole) {
             let block = whole.min(lhs.k - start);
