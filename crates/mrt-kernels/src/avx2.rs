@@ -178,7 +178,7 @@ unsafe fn fma_input<E: Element, const R: usize, const G: usize, const I: usize>(
         for g in 0..G {
             let w = E::lanes(b.add(g * LANES));
             for (i, rows) in acc.as_chunks_mut::<3>().0.iter_mut().enumerate() {
-                fma_three_rows::<I>(x.from_row(3 * i), w, rows.each_mut().map(|row| &mut row[g]));
+                fma_three_rows::<I>(x.skip_rows(3 * i), w, rows.each_mut().map(|row| &mut row[g]));
             }
         }
     }

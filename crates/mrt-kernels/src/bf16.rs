@@ -162,7 +162,7 @@ unsafe fn add_products<const BLOCK: usize>(
             for t in 0..tiles {
                 let (first, end) = (t * rows / tiles, (t + 1) * rows / tiles);
                 let x = Rows { x: x.x.add(first * x.stride + start), ..x };
-                let sums = sums.from_row(first);
+                let sums = sums.skip_rows(first);
                 tile_rows(end - first, x, block.div_ceil(2), pairs, ahead, sums);
             }
         }

@@ -275,12 +275,12 @@ pub(crate) struct Left {
 }
 
 impl Left {
-    /// The rows from row `r` on.
+    /// All rows but the first `r`.
     ///
     /// # Safety
-    /// There are so many rows.
+    /// There are at least as many.
     #[inline(always)]
-    pub unsafe fn from_row(self, r: usize) -> Self {
+    pub unsafe fn skip_rows(self, r: usize) -> Self {
         // SAFETY: the contract above.
         Left { x: unsafe { self.x.add(r * self.stride) }, ..self }
     }
@@ -294,12 +294,12 @@ pub(crate) struct Sums {
 }
 
 impl Sums {
-    /// The rows from row `r` on.
+    /// All rows but the first `r`.
     ///
     /// # Safety
-    /// There are so many rows.
+    /// There are at least as many.
     #[inline(always)]
-    pub unsafe fn from_row(self, r: usize) -> Self {
+    pub unsafe fn skip_rows(self, r: usize) -> Self {
         // SAFETY: the contract above.
         Sums { y: unsafe { self.y.add(r * self.stride) }, ..self }
     }
@@ -397,7 +397,7 @@ pub(crate) unsafe fn add_products<L: Lanes>(
                 tile_rows::<L, f16, 2>(direct, x, block, panel, ahead.part(0, 2), sums);
                 ahead = ahead.part(1, 2);
             }
-            let (rows, x, sums) = (rows - direct, x.from_row(direct), sums.from_row(direct));
+            let (rows, x, sums) = (rows - direct, x.skip_rows(direct), sums.skip_rows(direct));
             for (half, ahead) in ahead.halves().into_iter().enumerate() {
                 let (panel, sums) = (panel.add(half * LANES), Sums { y: sums.y.add(half * LANES), ..sums });
                 if L::WIDEN_BLOCKS && rows > L::TILE_ROWS {
@@ -447,7 +447,7 @@ unsafe fn tiles<L: Lanes, E: Element>(rows: usize, x: Left, k: usize, b: *const 
         let (first, end) = (t * rows / count, (t + 1) * rows / count);
         // SAFETY: first .. end are rows of `x` and of the sums.
         unsafe {
-            let (x, sums) = (x.from_row(first), sums.from_row(first));
+            let (x, sums) = (x.skip_rows(first), sums.skip_rows(first));
             tile_rows::<L, E, 1>(end - first, x, k, b, ahead.part(t, count), sums);
         }
     }
