@@ -25,7 +25,7 @@ pub(crate) const K_BLOCK: usize = 1024;
 /// Rows of a panel that the L1 cache holds beside all else: 16 KiB.
 const NEAR_ROWS: usize = 256;
 
-/// Rows of 16 sums that keep the multipliers busy: as many as an FMA has cycles, where 16 of its sums begin in each.
+/// Rows of 16 sums that keep the multipliers busy: a multiply-add takes 4 cycles, and those of a row begin in one.
 const BUSY_ROWS: usize = 4;
 
 /// The left-hand side of a product: `rows` rows of `k` activations, `stride` elements apart.
@@ -379,7 +379,7 @@ pub(crate) unsafe fn add_products<L: Lanes>(
     sums: Sums,
 ) {
     // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
-    // and so are columns start .. start + block of each row of `x`.
+    // and so are columns start .. start + block of each row of `x`; direct <= rows.
     unsafe {
         let near = k <= NEAR_ROWS;
         let direct = if near { direct_rows::<L>(rows) } else { 0 };
@@ -420,7 +420,7 @@ fn direct_rows<L: Lanes>(rows: usize) -> usize {
         return rows;
     }
     let lowest = rows / rows.div_ceil(L::TILE_ROWS);
-    if !L::WIDEN_BLOCKS && rows > L::TILE_ROWS && lowest < BUSY_ROWS { L::DIRECT_ROWS } else { 0 }
+    if !L::WIDEN_BLOCKS && lowest < BUSY_ROWS { L::DIRECT_ROWS } else { 0 }
 }
 
 /// Widens half of the columns of `block` rows of a panel.

@@ -18,7 +18,7 @@ const STREAMS: usize = 4;
 /// Inputs of a panel that are multiplied before those of the next run, and how many inputs ahead they are fetched: twice a
 /// block of each run is in the L1 cache. On Zen 3 one row is 1 to 2 % slower with 24 than with 16, 3 to 5 % with two threads; two
 /// and three rows are 2 to 8 % slower with 16 than with 24.
-const fn block(rows: usize) -> usize {
+const fn block_len(rows: usize) -> usize {
     if rows == 1 { 16 } else { 24 }
 }
 
@@ -95,14 +95,14 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
             start_from_bias::<L>(&panels[s * apart..], sums);
         }
         // A multiple of S, so that no line of the next blocks is left out.
-        let whole = block(lhs.rows) / S * S;
-        for start in (0..lhs.k).step_by(whole) {
-            let block = whole.min(lhs.k - start);
+        let block_len = block_len(lhs.rows) / S * S;
+        for start in (0..lhs.k).step_by(block_len) {
+            let block = block_len.min(lhs.k - start);
             let x = Left { x: lhs.x.as_ptr().add(start), stride: lhs.stride };
             let panel = panels.as_ptr().add((1 + start) * PANEL);
             for s in 0..S {
                 // Each block fetches its share of the next one of every run.
-                let next = panel.wrapping_add((whole + s * (whole / S)) * PANEL);
+                let next = panel.wrapping_add((block_len + s * (block_len / S)) * PANEL);
                 let panel = panel.add(s * apart);
                 let sums = Sums { y: sums.as_mut_ptr().add(s * tile_len), stride: PANEL };
                 match lhs.rows {
