@@ -158,9 +158,13 @@ impl Heads {
         self.tokens * self.group * self.kv.head_dim
     }
 
-    /// Tokens that share one pass over keys and values.
-    fn tile(&self) -> usize {
-        tile_tokens(self.group).min(self.tokens)
+    /// How attention is cut for `threads` threads: tokens, and query heads of a group, that share one pass over keys and
+    /// values. As many as can, but where KV heads and tokens are fewer than threads, each thread takes fewer.
+    fn tile(&self, threads: usize) -> (usize, usize) {
+        let groups = self.kv.heads * self.tokens;
+        let tokens = (groups / threads).clamp(1, tile_tokens(self.group));
+        let parts = (threads / groups).clamp(1, self.group);
+        (tokens, self.group.div_ceil(parts))
     }
 }
 
@@ -228,15 +232,21 @@ pub(crate) fn attention(
     let isa = products.isa;
     let Heads { kv, group, tokens, start } = heads;
     let lane = products.lane(tokens).filter(|lane| lane.attends());
-    let (d, width) = (kv.head_dim, group * kv.heads * kv.head_dim);
-    let tile = heads.tile();
-    let blocks = Blocks::new(Window::new(out, tokens, width, width), tile, group * d);
+    let (d, group_width) = (kv.head_dim, group * kv.head_dim);
+    let (tile, part_heads) = heads.tile(pool.threads());
+    // A part of one token may hold fewer heads than a group has: each group is then a row of its own.
+    let groups_below = if tile == 1 { kv.heads } else { 1 };
+    let width = group_width * kv.heads / groups_below;
+    let out = Window::new(out, tokens * groups_below, width, width);
+    let blocks = Blocks::new(out, tile, part_heads * d);
+    let parts = group.div_ceil(part_heads);
     let workers = PerWorker::new(products.workers, products.worker_len);
     pool.run_split((blocks, workers), |_, i, (mut out, scratch)| {
+        let (i, head) = (i / parts, i % parts * part_heads);
         let (first, g) = (i / kv.heads * tile, i % kv.heads);
         let group = KvGroup {
-            queries: &q[g * heads.q_group() + first * group * d..],
-            heads: group,
+            queries: &q[g * heads.q_group() + first * group_width + head * d..],
+            heads: out.columns() / d,
             head_dim: d,
             seen: start + first + 1,
             keys: Rhs { panels: &k[g * kv.k_head_len()..][..kv.k_head_len()], stride: panel_len(d) },
