@@ -158,8 +158,8 @@ impl Heads {
         self.tokens * self.group * self.kv.head_dim
     }
 
-    /// How attention is cut for `threads` threads: tokens, and query heads of a group, that share one pass over keys and
-    /// values. As many as can, but where KV heads and tokens are fewer than threads, each thread takes fewer.
+    /// Tokens, and query heads of a group, that share one pass over keys and values: as many as leave work for `threads`
+    /// threads. Only of a single token are they fewer heads than the group has.
     fn tile(&self, threads: usize) -> (usize, usize) {
         let groups = self.kv.heads * self.tokens;
         let tokens = (groups / threads).clamp(1, tile_tokens(self.group));
@@ -234,16 +234,15 @@ pub(crate) fn attention(
     let lane = products.lane(tokens).filter(|lane| lane.attends());
     let (d, group_width) = (kv.head_dim, group * kv.head_dim);
     let (tile, part_heads) = heads.tile(pool.threads());
-    // A part of one token may hold fewer heads than a group has: each group is then a row of its own.
-    let groups_below = if tile == 1 { kv.heads } else { 1 };
-    let width = group_width * kv.heads / groups_below;
-    let out = Window::new(out, tokens * groups_below, width, width);
-    let blocks = Blocks::new(out, tile, part_heads * d);
+    // Where parts may be smaller than a group, each group is a row, so that no part has heads of two.
+    let (rows, width) =
+        if tile == 1 { (tokens * kv.heads, group_width) } else { (tokens, kv.heads * group_width) };
+    let blocks = Blocks::new(Window::new(out, rows, width, width), tile, part_heads * d);
     let parts = group.div_ceil(part_heads);
     let workers = PerWorker::new(products.workers, products.worker_len);
     pool.run_split((blocks, workers), |_, i, (mut out, scratch)| {
-        let (i, head) = (i / parts, i % parts * part_heads);
-        let (first, g) = (i / kv.heads * tile, i % kv.heads);
+        let (tile_and_group, head) = (i / parts, i % parts * part_heads);
+        let (first, g) = (tile_and_group / kv.heads * tile, tile_and_group % kv.heads);
         let group = KvGroup {
             queries: &q[g * heads.q_group() + first * group_width + head * d..],
             heads: out.columns() / d,
