@@ -147,7 +147,7 @@ def fast_lanes(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--object", help="an object file or library; default: build mrt-kernels")
-    parser.add_argument("--function", default="product::panel_product::on_neon", help="regular expression")
+    parser.add_argument("--function", default="product::(panel_product|add_products)::on_neon", help="regular expression")
     parser.add_argument("--widening", action="store_true", help="compare ways to widen FP16, and nothing else")
     parser.add_argument("--fast", action="store_true", help="the fast lanes, beside KleidiAI's loops")
     arguments = parser.parse_args()

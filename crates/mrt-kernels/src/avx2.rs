@@ -8,6 +8,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
+use crate::isa::Kind;
 use crate::lanes::{Element, F16_MAX, Lanes, fma_rows};
 use crate::panel::LANES;
 use crate::product::Left;
@@ -26,6 +27,7 @@ macro_rules! both {
 }
 
 impl Lanes for Lanes16 {
+    const KIND: Kind = Kind::Avx2;
     const TILE_ROWS: usize = 6;
     const DIRECT_ROWS: usize = 3;
     /// F16C costs a tile of 6 rows nothing on Zen 4: 48 rows reach 108 GFLOP/s of 117, and 103 with widened blocks.

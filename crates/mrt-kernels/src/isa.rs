@@ -6,7 +6,8 @@ use std::arch::is_aarch64_feature_detected;
 /// An instruction set that this machine has.
 ///
 /// A value is proof of detection: it comes only from [`Isa::detect`], [`Isa::supported`] and
-/// [`Isa::PORTABLE`], so an operation that is handed one may run the instructions it stands for.
+/// [`Isa::PORTABLE`], or in a kernel from the one that it was called with, so an operation that is handed one may run the
+/// instructions it stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isa(pub(crate) Kind);
 
@@ -94,8 +95,14 @@ impl Kind {
 macro_rules! dispatch {
     ($isa:expr, $function:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
         match $isa.0 {
-            // SAFETY: plain Rust runs everywhere; the function's own demands are met by the caller of `dispatch!`.
-            $crate::isa::Kind::Portable => unsafe { $function::<$crate::portable::Lanes16>($($arg),*) },
+            $crate::isa::Kind::Portable => {
+                unsafe fn on_portable($($arg: $ty),*) $(-> $ret)? {
+                    // SAFETY: plain Rust runs everywhere; the rest is the caller's promise.
+                    unsafe { $function::<$crate::portable::Lanes16>($($arg),*) }
+                }
+                // SAFETY: the function's own demands are met by the caller of `dispatch!`.
+                unsafe { on_portable($($arg),*) }
+            }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx2 => {
                 #[target_feature(enable = "avx2,fma,f16c")]

@@ -2,6 +2,7 @@
 
 use half::f16;
 
+use crate::isa::Kind;
 use crate::panel::{LANES, PANEL};
 
 /// The largest finite FP16 number. What goes into the KV cache is clamped to it, so that an outlier saturates
@@ -16,6 +17,8 @@ pub(crate) const F16_MAX: f32 = 65504.0;
 /// A value exists only where its instruction set does: the constructors are `unsafe` and demand it, and
 /// arithmetic on values is safe because a value is the proof.
 pub(crate) trait Lanes: Copy {
+    /// The instruction set.
+    const KIND: Kind;
     /// Rows of the GEMM register tile, which is 16 columns wide.
     const TILE_ROWS: usize;
     /// Rows up to which the registers hold the sums of all 32 columns of a panel.

@@ -11,6 +11,7 @@ use std::arch::asm;
 
 use half::f16;
 
+use crate::isa::Kind;
 use crate::lanes::{Element, F16_MAX, Lanes};
 use crate::panel::LANES;
 
@@ -40,6 +41,7 @@ unsafe fn smaller(a: float32x4_t, b: float32x4_t) -> float32x4_t {
 }
 
 impl<const FHM: bool> Lanes for Lanes16<FHM> {
+    const KIND: Kind = if FHM { Kind::NeonFhm } else { Kind::Neon };
     const TILE_ROWS: usize = 6;
     const DIRECT_ROWS: usize = 3;
     /// FCVTL in the tile's loop would cost it 40 % of its speed.

@@ -2,6 +2,7 @@
 
 use half::f16;
 
+use crate::isa::Kind;
 use crate::lanes::{F16_MAX, Lanes};
 
 #[derive(Clone, Copy)]
@@ -15,6 +16,7 @@ impl Lanes16 {
 }
 
 impl Lanes for Lanes16 {
+    const KIND: Kind = Kind::Portable;
     const TILE_ROWS: usize = 4;
     const DIRECT_ROWS: usize = 2;
     const WIDEN_BLOCKS: bool = true;

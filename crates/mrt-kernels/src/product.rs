@@ -378,6 +378,24 @@ pub(crate) unsafe fn add_products<L: Lanes>(
     wide: &mut [f32],
     sums: Sums,
 ) {
+    // By the contract the machine has this instruction set. It is chosen again to get one function for each: the tiles are most
+    // of this crate's code.
+    dispatch!(Isa(L::KIND), add_blocks(rows: usize, x: Left, k: usize, panel: *const f16, wide: &mut [f32], sums: Sums))
+}
+
+/// [`add_products`], block by block.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn add_blocks<L: Lanes>(
+    rows: usize,
+    x: Left,
+    k: usize,
+    panel: *const f16,
+    wide: &mut [f32],
+    sums: Sums,
+) {
     // SAFETY: the contract above. Rows start .. start + block of the panel are inside it because start + block <= k,
     // and so are columns start .. start + block of each row of `x`; direct <= rows.
     unsafe {
