@@ -130,7 +130,8 @@ impl<L: Lanes> AttentionProducts for Exact<L> {
             // SAFETY: the contract of `add_products`; rows start .. of the panel are inside it, and columns start .. of `x`.
             unsafe {
                 let x = Left { x: x.x.add(start), ..x };
-                add_products::<L>(rows, x, BLOCK.min(k - start), panel.add(start * PANEL), wide, sums);
+                let (block, panel) = (BLOCK.min(k - start), panel.add(start * PANEL));
+                add_products::<L>(rows, x, block, panel, wide, sums.after(start));
             }
         }
     }
@@ -154,14 +155,13 @@ pub(crate) unsafe fn attend<L: Lanes, P: AttentionProducts>(
     let stride = row_stride(positions);
     let (scores, scratch) = scratch.split_at_mut(rows * stride);
     let factors = &mut scratch[..rows];
-    scores.fill(0.0);
     // SAFETY: the panels have the rows that are read of them, by the contract; the queries have `rows` rows of `head_dim`,
     // the scores `rows` rows of whole panels of positions, the sums `rows` rows of 32.
     unsafe {
         let x = P::queries(&queries[..rows * head_dim], head_dim, room);
         for j in 0..panel_count(positions) {
             let panel = &keys.panels[j * keys.stride..];
-            let sums = Sums { y: scores.as_mut_ptr().add(j * PANEL), stride };
+            let sums = Sums::fresh(&mut scores[j * PANEL..], stride);
             P::add(rows, x, head_dim, panel.as_ptr().add(PANEL), wide, sums);
         }
         for (r, (row, factor)) in scores.chunks_exact_mut(stride).zip(&mut *factors).enumerate() {
@@ -172,9 +172,7 @@ pub(crate) unsafe fn attend<L: Lanes, P: AttentionProducts>(
         let x = P::weights(scores, stride);
         for j in 0..panel_count(head_dim) {
             let panel = &values.panels[j * values.stride..];
-            sums.fill(0.0);
-            let out_sums = Sums { y: sums.as_mut_ptr(), stride: PANEL };
-            P::add(rows, x, positions, panel.as_ptr().add(PANEL), wide, out_sums);
+            P::add(rows, x, positions, panel.as_ptr().add(PANEL), wide, Sums::fresh(sums, PANEL));
             let columns = PANEL.min(head_dim - j * PANEL);
             for (r, (sums, factor)) in sums.chunks_exact(PANEL).zip(&*factors).enumerate() {
                 let out = &mut out.row(r / heads)[r % heads * head_dim + j * PANEL..][..columns];

@@ -74,7 +74,7 @@ impl PanelSums for Bf16<'_> {
         unsafe {
             start_from_bias::<Lanes16>(panel, sums);
             let x = Rows { x: x.as_ptr(), stride: fast_stride(k) };
-            let sums = Sums { y: sums.as_mut_ptr(), stride: PANEL };
+            let sums = Sums::of(sums, PANEL);
             add_products::<{ 2 * K_BLOCK }>(scales.len(), x, k, panel.as_ptr().add(PANEL), wide, sums);
         }
     }
@@ -162,7 +162,7 @@ unsafe fn add_products<const BLOCK: usize>(
             for t in 0..tiles {
                 let (first, end) = (t * rows / tiles, (t + 1) * rows / tiles);
                 let x = Rows { x: x.x.add(first * x.stride + start), ..x };
-                let sums = sums.skip_rows(first);
+                let sums = sums.after(start).skip_rows(first);
                 tile_rows(end - first, x, block.div_ceil(2), pairs, ahead, sums);
             }
         }
@@ -256,8 +256,10 @@ unsafe fn tile<const R: usize>(x: Rows, pairs: usize, b: *const __m512i, ahead: 
     // SAFETY: the contract above; r < R, i < pairs.
     unsafe {
         let mut acc = [[_mm512_setzero_ps(); 2]; R];
-        for (r, row) in acc.iter_mut().enumerate() {
-            *row = [0, LANES].map(|at| _mm512_loadu_ps(sums.y.add(r * sums.stride + at)));
+        if !sums.fresh {
+            for (r, row) in acc.iter_mut().enumerate() {
+                *row = [0, LANES].map(|at| _mm512_loadu_ps(sums.y.add(r * sums.stride + at)));
+            }
         }
         for i in 0..pairs {
             Lanes16::prefetch_l2(ahead.wrapping_add(2 * i * PANEL).cast());

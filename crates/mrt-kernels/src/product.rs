@@ -262,7 +262,7 @@ unsafe fn exact_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], su
     unsafe {
         start_from_bias::<L>(panel, sums);
         let x = Left { x: lhs.x.as_ptr(), stride: lhs.stride };
-        let sums = Sums { y: sums.as_mut_ptr(), stride: PANEL };
+        let sums = Sums::of(sums, PANEL);
         add_products::<L>(lhs.rows, x, lhs.k, panel.as_ptr().add(PANEL), wide, sums);
     }
 }
@@ -291,9 +291,36 @@ impl Left {
 pub(crate) struct Sums {
     pub y: *mut f32,
     pub stride: usize,
+    /// Whether they begin from 0, whatever is in memory.
+    pub fresh: bool,
 }
 
 impl Sums {
+    /// Sums that go on from those in memory.
+    pub fn of(sums: &mut [f32], stride: usize) -> Self {
+        Sums { y: sums.as_mut_ptr(), stride, fresh: false }
+    }
+
+    /// Sums that begin from 0.
+    pub fn fresh(sums: &mut [f32], stride: usize) -> Self {
+        Sums { fresh: true, ..Self::of(sums, stride) }
+    }
+
+    /// The same once `inputs` of their products are added.
+    pub fn after(self, inputs: usize) -> Self {
+        Sums { fresh: self.fresh && inputs == 0, ..self }
+    }
+
+    /// The same from column `n` on.
+    ///
+    /// # Safety
+    /// There are at least as many columns.
+    #[inline(always)]
+    pub unsafe fn skip_columns(self, n: usize) -> Self {
+        // SAFETY: the contract above.
+        Sums { y: unsafe { self.y.add(n) }, ..self }
+    }
+
     /// All rows but the first `r`.
     ///
     /// # Safety
@@ -304,7 +331,7 @@ impl Sums {
         Sums { y: unsafe { self.y.add(r * self.stride) }, ..self }
     }
 
-    /// The first `16 * G` sums of `R` rows.
+    /// The first `16 * G` sums of `R` rows, or as many zeros.
     ///
     /// # Safety
     /// The machine has `L`'s instruction set; the rows are there.
@@ -313,6 +340,9 @@ impl Sums {
         // SAFETY: the contract above; r < R, g < G.
         unsafe {
             let mut acc = [[L::splat(0.0); G]; R];
+            if self.fresh {
+                return acc;
+            }
             for (r, row) in acc.iter_mut().enumerate() {
                 for (g, sum) in row.iter_mut().enumerate() {
                     *sum = L::load(self.y.add(r * self.stride + g * LANES));
@@ -408,7 +438,8 @@ unsafe fn add_blocks<L: Lanes>(
         }
         for start in (0..k).step_by(K_BLOCK) {
             let block = K_BLOCK.min(k - start);
-            let (x, panel) = (Left { x: x.x.add(start), ..x }, panel.add(start * PANEL));
+            let (x, panel, sums) =
+                (Left { x: x.x.add(start), ..x }, panel.add(start * PANEL), sums.after(start));
             // What comes next, of this panel or the one after it, is fetched from memory meanwhile.
             let mut ahead = Ahead::all(panel.wrapping_add(block * PANEL), near);
             if direct > 0 {
@@ -417,7 +448,7 @@ unsafe fn add_blocks<L: Lanes>(
             }
             let (rows, x, sums) = (rows - direct, x.skip_rows(direct), sums.skip_rows(direct));
             for (half, ahead) in ahead.halves().into_iter().enumerate() {
-                let (panel, sums) = (panel.add(half * LANES), Sums { y: sums.y.add(half * LANES), ..sums });
+                let (panel, sums) = (panel.add(half * LANES), sums.skip_columns(half * LANES));
                 if L::WIDEN_BLOCKS && rows > L::TILE_ROWS {
                     let wide = wide.as_mut_ptr();
                     widen_half::<L>(panel, block, wide);

@@ -104,7 +104,7 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
                 // Each block fetches its share of the next one of every run.
                 let next = panel.wrapping_add((block_len + s * (block_len / S)) * PANEL);
                 let panel = panel.add(s * apart);
-                let sums = Sums { y: sums.as_mut_ptr().add(s * tile_len), stride: PANEL };
+                let sums = Sums::of(&mut sums[s * tile_len..], PANEL);
                 match lhs.rows {
                     1 => add_block::<L, 1, 2, S>(x, block, panel, next, apart, sums),
                     2 => add_block::<L, 2, 2, S>(x, block, panel, next, apart, sums),
@@ -112,7 +112,7 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
                     _ => {
                         // The registers hold half of the sums: first the low columns, then, of lines in L1, the high ones.
                         add_block::<L, 4, 1, S>(x, block, panel, next, apart, sums);
-                        let (panel, sums) = (panel.add(LANES), Sums { y: sums.y.add(LANES), ..sums });
+                        let (panel, sums) = (panel.add(LANES), sums.skip_columns(LANES));
                         add_block::<L, 4, 1, 0>(x, block, panel, next, apart, sums);
                     }
                 }
