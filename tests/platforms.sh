@@ -19,10 +19,11 @@ if ((${#missing[@]})); then
     DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 install --no-install-recommends \
         "${missing[@]}" >/dev/null
 fi
-unset RUSTFLAGS
 # The compiler and its source belong together; -Zbuild-std is for nightly compilers, unless told otherwise.
 export RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1
-# Cargo compiles all of the standard library for this; optimised, that takes a third longer.
+# Cargo would compile all of the standard library, which nothing is linked with, even to check what is on top of it.
+export RUSTFLAGS=-Zno-codegen
+# The host's build scripts and macros do run: not optimised, they are there sooner.
 export CARGO_PROFILE_DEV_OPT_LEVEL=0
 # One call for all, so that all processors have work.
 cargo check --quiet -Zbuild-std=std,panic_abort "${@/#/--target=}" --target-dir "${CARGO_TARGET_DIR:-target}/platforms" \
