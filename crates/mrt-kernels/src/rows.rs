@@ -131,13 +131,15 @@ pub(crate) unsafe fn softmax_lanes<L: Lanes>(scores: &mut [f32]) -> f32 {
             max = max.max(L::load(chunk.as_ptr()));
         }
         let max = L::splat(max.tree(f32::max));
-        let (mut sum, least) = (L::splat(0.0), L::splat(EXP_MIN));
+        // No score is above the largest one.
+        let least = L::splat(EXP_MIN);
+        let mut sum = L::splat(0.0);
         for chunk in whole {
             let e = exp(L::load(chunk.as_ptr()).sub(max).max(least));
             e.store(chunk.as_mut_ptr());
             sum = sum.add(e);
         }
-        store(exp(load::<L>(rest, 0, 0.0).sub(max).max(least)), rest, 0);
+        store(exp(load::<L>(rest, 0, f32::NEG_INFINITY).sub(max).max(least)), rest, 0);
         // Lanes past the end must add nothing.
         sum.add(load(rest, 0, 0.0)).tree(|a, b| a + b)
     }
