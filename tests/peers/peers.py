@@ -317,6 +317,10 @@ def turns(args):
             print(line)
 
 
+def ratio(x):
+    return f"{x:.2f}" if x < 10 else f"{x:.0f}"
+
+
 def table(args):
     with open(args.results, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -350,7 +354,7 @@ def table(args):
             have = [t for t in THREADS if (metric, t) in of]
             cell = " / ".join(form.format(of[metric, t]) for t in have)
             if (program, dtype) != (OURS, "exact"):
-                ratios = [f"{of[metric, t] / exact[metric, t]:.3g}" for t in have if (metric, t) in exact]
+                ratios = [ratio(of[metric, t] / exact[metric, t]) for t in have if (metric, t) in exact]
                 cell += f" ({' / '.join(ratios)})" if ratios else ""
             cells.append(cell)
         print(f"| {program} {about[program, dtype]}, {dtype} | " + " | ".join(cells) + " |")
