@@ -317,7 +317,7 @@ def turns(args):
             print(line)
 
 
-def ratio(x):
+def format_ratio(x):
     return f"{x:.2f}" if x < 10 else f"{x:.0f}"
 
 
@@ -354,7 +354,7 @@ def table(args):
             have = [t for t in THREADS if (metric, t) in of]
             cell = " / ".join(form.format(of[metric, t]) for t in have)
             if (program, dtype) != (OURS, "exact"):
-                ratios = [ratio(of[metric, t] / exact[metric, t]) for t in have if (metric, t) in exact]
+                ratios = [format_ratio(of[metric, t] / exact[metric, t]) for t in have if (metric, t) in exact]
                 cell += f" ({' / '.join(ratios)})" if ratios else ""
             cells.append(cell)
         print(f"| {program} {about[program, dtype]}, {dtype} | " + " | ".join(cells) + " |")
