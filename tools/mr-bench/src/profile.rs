@@ -109,6 +109,24 @@ pub fn operations(spans: &[Span], cfg: &Qwen2Config, limit: Option<&Limit>) -> V
     operations
 }
 
+/// All operations as one. Its share of the limit is the time that their limits would allow one after the other, of the time
+/// taken; operations on rows, which have no limit, count as time taken only.
+fn total(operations: &[Operation]) -> Operation {
+    let sum = |number: fn(&Operation) -> f64| operations.iter().map(number).sum::<f64>();
+    let seconds = sum(|o| o.seconds);
+    let allowed = sum(|o| o.limit_share.map_or(0.0, |share| share * o.seconds));
+    Operation {
+        operation: "all",
+        calls: operations.iter().map(|o| o.calls).sum(),
+        seconds,
+        time_share: sum(|o| o.time_share),
+        bytes: sum(|o| o.bytes),
+        flops: sum(|o| o.flops),
+        limit: None,
+        limit_share: operations.iter().any(|o| o.limit_share.is_some()).then_some(allowed / seconds),
+    }
+}
+
 /// Writes the operations of one test as a table.
 pub fn write_table(test: &str, operations: &[Operation], out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "\n{test}, operation by operation\n")?;
@@ -120,7 +138,7 @@ pub fn write_table(test: &str, operations: &[Operation], out: &mut impl Write) -
         out,
         "|:----------|------:|------------:|------:|---------:|---------:|:---------|---------------:|"
     )?;
-    for o in operations {
+    for o in operations.iter().chain([&total(operations)]) {
         let rate =
             |work: f64| if work > 0.0 { format!("{:.1}", work / o.seconds / 1e9) } else { String::new() };
         let share = o.limit_share.map_or(String::new(), |share| format!("{:.1}%", 100.0 * share));
@@ -208,6 +226,9 @@ mod tests {
         assert_eq!((down.bytes, down.flops), (2.0 * work.bytes, 2.0 * work.flops));
         assert_eq!((down.limit, down.limit_share), (Some("memory"), Some(1.0 / 3.0)));
         assert_eq!((norm.operation, norm.limit, norm.limit_share), ("attn_norm", None, None));
+        let all = total(&operations(&spans, &CFG, Some(&limit)));
+        assert_eq!((all.calls, all.seconds, all.time_share), (3, 4.0, 1.0));
+        assert_eq!((all.bytes, all.flops, all.limit_share), (down.bytes, down.flops, Some(0.25)));
         let limit = Limit { bytes_s: 1e3 * work.bytes, flop_s: 2.0 * work.flops, attention_flop_s: 1.0 };
         assert_eq!(operations(&spans, &CFG, Some(&limit))[0].limit, Some("multiply"));
         let attention = [span(Stage::Attention, 0, 0, 1)];

@@ -453,7 +453,7 @@ fn every_operation_is_profiled_and_traced() {
     }
     assert!(result["date"].is_string() && result["machine"]["huge_pages"].is_string());
     let table = stdout(&[&args[..], &["--profile"]].concat());
-    assert!(table.contains("gate_up"), "{table}");
+    assert!(table.contains("| gate_up ") && table.contains("| all "), "{table}");
 }
 
 #[test]
