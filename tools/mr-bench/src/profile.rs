@@ -132,11 +132,11 @@ pub fn write_table(test: &str, operations: &[Operation], out: &mut impl Write) -
     writeln!(out, "\n{test}, operation by operation\n")?;
     writeln!(
         out,
-        "| operation | calls |   ms in all |  time |     GB/s |  GFLOP/s | limit    | share of limit |"
+        "| operation  | calls |   ms in all |   time |     GB/s |  GFLOP/s | limit    | share of limit |"
     )?;
     writeln!(
         out,
-        "|:----------|------:|------------:|------:|---------:|---------:|:---------|---------------:|"
+        "|:-----------|------:|------------:|-------:|---------:|---------:|:---------|---------------:|"
     )?;
     for o in operations.iter().chain([&total(operations)]) {
         let rate =
@@ -144,7 +144,7 @@ pub fn write_table(test: &str, operations: &[Operation], out: &mut impl Write) -
         let share = o.limit_share.map_or(String::new(), |share| format!("{:.1}%", 100.0 * share));
         writeln!(
             out,
-            "| {:<9} | {:>5} | {:>11.3} | {:>4.1}% | {:>8} | {:>8} | {:<8} | {share:>14} |",
+            "| {:<10} | {:>5} | {:>11.3} | {:>5.1}% | {:>8} | {:>8} | {:<8} | {share:>14} |",
             o.operation,
             o.calls,
             1e3 * o.seconds,
