@@ -53,8 +53,8 @@ pub const fn attention_scratch_len(rows: usize, head_dim: usize, positions: usiz
 /// of the group side by side as columns. (Vaswani et al., "Attention Is All You Need", 2017.)
 ///
 /// # Panics
-/// If `seen` is 0, `out` has other columns than the heads, a slice is shorter than its sizes say, or `scratch` has fewer
-/// than [`attention_scratch_len`] elements.
+/// Unless `out` is empty: if `seen` is 0, `out` has other columns than the heads, a slice is shorter than its sizes say, or
+/// `scratch` has fewer than [`attention_scratch_len`] elements.
 pub fn attention(isa: Isa, group: KvGroup<'_>, out: &mut Window<'_>, scratch: &mut [f32]) {
     if check(group, out, scratch) {
         dispatch!(isa, exact(group: KvGroup<'_>, out: &mut Window<'_>, scratch: &mut [f32]))

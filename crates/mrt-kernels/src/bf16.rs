@@ -109,7 +109,8 @@ impl AttentionProducts for Bf16Attention {
     #[inline(always)]
     unsafe fn weights(weights: &mut [f32], stride: usize) -> Rows {
         for row in weights.chunks_exact_mut(stride) {
-            let (from, to) = (row.as_ptr(), row.as_mut_ptr().cast::<__m256i>());
+            let from = row.as_mut_ptr();
+            let to = from.cast::<__m256i>();
             for i in 0..stride / LANES {
                 // SAFETY: 16 elements of the row are read; what is written begins at 32 * i of its bytes, before what is
                 // still to be read, at 64 * (i + 1).

@@ -15,9 +15,8 @@ use std::ops::Range;
 
 use crate::attention::{self, KvGroup};
 use crate::isa::Isa;
-use crate::panel::panel_count;
 use crate::product::{Epilogue, Lhs, Rhs, check_product};
-use crate::window::Window;
+use crate::window::{Window, span};
 
 /// What a product may trade for speed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -137,7 +136,7 @@ impl FastLane {
     }
 }
 
-/// The left-hand side of a fast product, packed by [`pack_fast_rows`]: as many rows as `scales`.
+/// The left-hand side of a fast product: all rows of an [`Lhs`], packed by [`pack_fast_rows`], as many as `scales`.
 #[derive(Clone, Copy)]
 pub struct FastLhs<'a> {
     /// [`fast_len`] numbers in the lane's 16-bit format.
@@ -180,6 +179,10 @@ pub fn pack_fast_rows(lane: FastLane, lhs: Lhs<'_>, rows: Range<usize>, out: &mu
     assert!(rows.end.is_multiple_of(FAST_ROWS) || rows.end == lhs.rows, "rows {rows:?} of {}", lhs.rows);
     assert_eq!(out.len(), fast_len(rows.len(), lhs.k));
     assert_eq!(scales.len(), rows.len());
+    assert!(span(lhs.rows, lhs.stride, lhs.k) <= lhs.x.len(), "left-hand side shorter than its sizes");
+    if rows.is_empty() {
+        return;
+    }
     match lane.0 {
         #[cfg(target_arch = "x86_64")]
         Lane::Bf16 => {
@@ -219,11 +222,10 @@ pub fn fast_product(
     y: &mut Window<'_>,
     scratch: &mut [f32],
 ) {
-    let (rows, panels) = (lhs.scales.len(), panel_count(y.columns()) * epilogue.panels_per_output());
-    if rows == 0 || panels == 0 {
+    let rows = lhs.scales.len();
+    if !check_product(rows, lhs.k, rhs, epilogue, y, scratch) {
         return;
     }
-    check_product(rows, lhs.k, rhs, panels, y, scratch);
     assert!(fast_len(rows, lhs.k) <= lhs.x.len(), "left-hand side shorter than its sizes");
     match lane.0 {
         // SAFETY: a `FastLane` proves that its features were detected; the assertions above are the contract.
@@ -260,7 +262,7 @@ pub fn fast_attention(lane: FastLane, group: KvGroup<'_>, out: &mut Window<'_>, 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::{PANEL, f16, panel_len, product_scratch_len};
+    use crate::{PANEL, f16, panel_count, panel_len, product_scratch_len};
 
     pub(crate) fn noise(seed: u32, n: usize, scale: f32) -> Vec<f32> {
         let mut s = seed;

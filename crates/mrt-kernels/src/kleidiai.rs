@@ -48,7 +48,8 @@ pub(crate) fn is_detected() -> bool {
     std::arch::is_aarch64_feature_detected!("fp16")
 }
 
-/// Scales a row by a power of two and rounds it to FP16; fills it up with zero to an even length.
+/// Scales a row by a power of two and rounds it to FP16; fills it up with zero to an even length. Of a row that is not finite the
+/// scale is NaN: clamped to FP16 it would look as if it were.
 pub(crate) fn pack_row(x: &[f32], out: &mut [u16]) -> f32 {
     let peak = x.iter().fold(0.0f32, |peak, x| peak.max(x.abs()));
     // The exponent's bits; so bounded that the scale and its reciprocal are normal numbers.
@@ -68,7 +69,7 @@ pub(crate) fn pack_row(x: &[f32], out: &mut [u16]) -> f32 {
             *out = narrow.to_bits();
         }
     }
-    f32::from_bits(scale << 23)
+    if x.iter().all(|x| x.is_finite()) { f32::from_bits(scale << 23) } else { f32::NAN }
 }
 
 /// See [`crate::fast_product`].
@@ -213,6 +214,21 @@ mod tests {
         for weights in [0.02, 300.0, 60_000.0] {
             let error = error(896, weights, 9000.0);
             assert!(error.is_none_or(|error| error < 1e-3), "weights {weights}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn infinities_and_nans_stay() {
+        let Some(lane) = lanes().find(|lane| lane.name() == "fast-kleidiai") else { return };
+        let k = 70;
+        let panel = vec![f16::ONE; panel_len(k)];
+        for bad in [f32::INFINITY, f32::NAN] {
+            for x in [vec![bad; k], [vec![1.0; k - 1], vec![bad]].concat()] {
+                let x = [x, vec![1.0; k]].concat();
+                let y = run(lane, &x, 2, k, &panel, PANEL);
+                assert!(y[..PANEL].iter().all(|y| !y.is_finite()));
+                assert!(y[PANEL..].iter().all(|y| *y == 71.0));
+            }
         }
     }
 

@@ -26,7 +26,7 @@ pub const fn panel_count(n: usize) -> usize {
 /// # Panics
 /// If column `n` is outside `panels`.
 pub fn gather_column(panels: &[f16], n: usize, out: &mut [f32]) {
-    let panel = &panels[n / PANEL * panel_len(out.len())..][..panel_len(out.len())];
+    let panel = panels.chunks_exact(panel_len(out.len())).nth(n / PANEL).expect("a column of the panels");
     for (x, row) in out.iter_mut().zip(panel[PANEL..].chunks_exact(PANEL)) {
         *x = row[n % PANEL].to_f32();
     }

@@ -64,7 +64,7 @@ impl<'a> Rhs<'a> {
     /// # Panics
     /// If there are fewer panels.
     pub fn from_panel(self, first: usize) -> Self {
-        Rhs { panels: &self.panels[first * self.stride..], ..self }
+        Rhs { panels: &self.panels[first.saturating_mul(self.stride)..], ..self }
     }
 }
 
@@ -108,27 +108,27 @@ pub fn panel_product(
     y: &mut Window<'_>,
     scratch: &mut [f32],
 ) {
-    let panels = panel_count(y.columns()) * epilogue.panels_per_output();
-    if lhs.rows == 0 || panels == 0 {
+    if !check_product(lhs.rows, lhs.k, rhs, epilogue, y, scratch) {
         return;
     }
-    check_product(lhs.rows, lhs.k, rhs, panels, y, scratch);
     assert!(span(lhs.rows, lhs.stride, lhs.k) <= lhs.x.len(), "left-hand side shorter than its sizes");
     dispatch!(isa, exact(lhs: Lhs<'_>, rhs: Rhs<'_>, epilogue: Epilogue, y: &mut Window<'_>, scratch: &mut [f32]))
 }
 
-/// What every product demands of its slices but the left-hand side.
+/// Demands what every product demands of its slices but the left-hand side; whether there is something to compute.
 pub(crate) fn check_product(
     rows: usize,
     k: usize,
     rhs: Rhs<'_>,
-    panels: usize,
+    epilogue: Epilogue,
     y: &Window<'_>,
     scratch: &[f32],
-) {
+) -> bool {
     assert_eq!(y.rows(), rows);
+    let panels = panel_count(y.columns()) * epilogue.panels_per_output();
     assert!(span(panels, rhs.stride, panel_len(k)) <= rhs.panels.len(), "too few panels");
     assert!(scratch.len() >= product_scratch_len(rows), "scratch too short");
+    rows > 0 && panels > 0
 }
 
 /// How the sums of a panel come about.
@@ -247,23 +247,14 @@ struct Exact<'a, L>(Lhs<'a>, PhantomData<L>);
 impl<L: Lanes> PanelSums for Exact<'_, L> {
     #[inline(always)]
     unsafe fn panel_sums(&self, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
-        // SAFETY: the same contract; `lhs` is as long as it says.
-        unsafe { exact_sums::<L>(self.0, panel, wide, sums) }
-    }
-}
-
-/// [`PanelSums::panel_sums`] for one chain of fused multiply-adds per output.
-///
-/// # Safety
-/// As there, and `lhs` is as long as it says.
-#[inline(always)]
-unsafe fn exact_sums<L: Lanes>(lhs: Lhs<'_>, panel: &[f16], wide: &mut [f32], sums: &mut [f32]) {
-    // SAFETY: the contract above.
-    unsafe {
-        start_from_bias::<L>(panel, sums);
-        let x = Left { x: lhs.x.as_ptr(), stride: lhs.stride };
-        let sums = Sums::of(sums, PANEL);
-        add_products::<L>(lhs.rows, x, lhs.k, panel.as_ptr().add(PANEL), wide, sums);
+        let lhs = self.0;
+        // SAFETY: the contract of the trait; `lhs` is as long as it says.
+        unsafe {
+            start_from_bias::<L>(panel, sums);
+            let x = Left { x: lhs.x.as_ptr(), stride: lhs.stride };
+            let sums = Sums::of(sums, PANEL);
+            add_products::<L>(lhs.rows, x, lhs.k, panel.as_ptr().add(PANEL), wide, sums);
+        }
     }
 }
 

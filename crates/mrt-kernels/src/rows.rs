@@ -33,7 +33,7 @@ pub fn rope(isa: Isa, x: &[f32], cos: &[f32], sin: &[f32], factor: f32, out: &mu
 /// Replaces `scores` by `exp(score - max)` and returns the sum of the results, in 16 lanes. Dividing by the sum,
 /// which a softmax ends with, is left to whoever uses the weights.
 ///
-/// Differences below -80 count as -80 (1.8e-35), so that no weight is subnormal.
+/// Differences below -80 count as -80 (1.8e-35), so that no weight is subnormal. A score that is NaN counts as the least.
 pub fn softmax(isa: Isa, scores: &mut [f32]) -> f32 {
     dispatch!(isa, softmax_lanes(scores: &mut [f32]) -> f32)
 }
@@ -126,9 +126,10 @@ pub(crate) unsafe fn softmax_lanes<L: Lanes>(scores: &mut [f32]) -> f32 {
     let (whole, rest) = scores.as_chunks_mut::<LANES>();
     // SAFETY: a chunk holds 16 elements; the instruction set is the contract.
     unsafe {
-        let mut max = load::<L>(rest, 0, f32::NEG_INFINITY);
+        // Of a NaN and a number, `max` gives the one on the right.
+        let mut max = load::<L>(rest, 0, f32::NEG_INFINITY).max(L::splat(f32::NEG_INFINITY));
         for chunk in &*whole {
-            max = max.max(L::load(chunk.as_ptr()));
+            max = L::load(chunk.as_ptr()).max(max);
         }
         let max = L::splat(max.tree(f32::max));
         // No score is above the largest one.
@@ -263,6 +264,22 @@ mod tests {
             let want: f64 = before.iter().map(|&x| f64::from(x - max).exp()).sum();
             assert!((f64::from(sum) / want - 1.0).abs() < 1e-6, "n {n}");
             assert_eq!(s.iter().copied().fold(0.0, f32::max), 1.0);
+        }
+    }
+
+    #[test]
+    fn a_nan_has_the_least_weight() {
+        for isa in Isa::supported() {
+            for n in [2, 16, 17, 48, 100] {
+                for at in 0..n {
+                    let mut scores = noise(n, 300.0);
+                    scores[at] = f32::NEG_INFINITY;
+                    let mut with_nan = scores.clone();
+                    with_nan[at] = f32::NAN;
+                    let sums = [&mut scores, &mut with_nan].map(|scores| softmax(isa, scores));
+                    assert!(sums[0] == sums[1] && scores == with_nan, "{} n {n} at {at}", isa.name());
+                }
+            }
         }
     }
 

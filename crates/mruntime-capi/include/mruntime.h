@@ -177,7 +177,8 @@ typedef struct mruntime_sampling {
 typedef struct mruntime_session_options {
     // sizeof(mruntime_session_options)
     size_t size;
-    // The most tokens of a text, prompt and answers together; 0 for 4096, or what the model was trained for.
+    // The most tokens of a text, prompt and answers together, but for a last one that nothing follows; 0 for 4096, or what
+    // the model was trained for.
     uint64_t context;
     // Tokens of a prefill step; 0 for 512.
     uint32_t batch;
@@ -259,7 +260,7 @@ enum mruntime_status mruntime_model_open(const char *path,
 
 // Opens a model that is a part of an open file, for example an uncompressed asset of an Android package: `length` bytes
 // from `offset`; 0 for all up to the end of the file. `descriptor` is a file descriptor, on Windows a HANDLE. It is
-// duplicated, so it may be closed afterwards; its position is neither used nor changed.
+// duplicated, so it may be closed afterwards; its position is neither used nor changed. On failure, `*model` is NULL.
 //
 // Any thread.
 enum mruntime_status mruntime_model_open_fd(ptrdiff_t descriptor,
@@ -269,7 +270,7 @@ enum mruntime_status mruntime_model_open_fd(ptrdiff_t descriptor,
                                             struct mruntime_model **model);
 
 // Opens a model in memory, such as one that is linked into the program. The bytes must begin at a multiple of 64, and stay
-// unchanged until the model and all its sessions are closed.
+// unchanged until the model and all its sessions are closed. On failure, `*model` is NULL.
 //
 // Any thread.
 enum mruntime_status mruntime_model_open_memory(const void *bytes,
@@ -333,7 +334,7 @@ enum mruntime_status mruntime_session_create(const struct mruntime_model *model,
                                              struct mruntime_session **session);
 
 // Creates a second session with the same text, options and way to choose tokens (its random numbers start at the seed),
-// in memory of its own: what texts have in common is computed once.
+// in memory of its own: what texts have in common is computed once. On failure, `*fork` is NULL.
 //
 // One thread at a time.
 enum mruntime_status mruntime_session_fork(const struct mruntime_session *session, struct mruntime_session **fork);
@@ -416,11 +417,13 @@ enum mruntime_status mruntime_session_cancel(const struct mruntime_session *sess
 // One thread at a time.
 enum mruntime_status mruntime_session_save(const struct mruntime_session *session, const char *path);
 
-// Takes over a session that was saved, with the same model and context. It goes on as that one would have, bit for bit.
-// How tokens are chosen is not part of it. On failure, the text is as it was, or empty if the file cannot be read.
+// Takes over a session that was saved, with the same model and context. It goes on as that one would have, with numerics 0
+// bit for bit. How tokens are chosen is not part of it. On failure, the text is as it was, or empty if the file cannot be
+// read or holds what no session has.
 //
 // One thread at a time.
-enum mruntime_status mruntime_session_load(struct mruntime_session *session, const char *path);
+enum mruntime_status mruntime_session_load(struct mruntime_session *session,
+                                           const char *path);
 
 // What went wrong in the last call of this thread that failed: one line of UTF-8, empty if none did. It is valid until
 // the next call of this thread that fails.

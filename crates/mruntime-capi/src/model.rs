@@ -45,7 +45,7 @@ unsafe fn open_model(
     let threads = if options.threads == 0 { mruntime::performance_cores() } else { options.threads as usize };
     let mut pool = Pool::new(threads)?;
     let opened = open(&open_options, &mut pool)?;
-    let stop_tokens = opened.generation()?.stop_tokens.clone();
+    let stop_tokens = opened.generation()?.stop_tokens;
     let shared = Arc::new(Shared {
         #[cfg(feature = "text")]
         text: crate::text::Text::default(),
@@ -78,7 +78,7 @@ pub unsafe extern "C" fn mruntime_model_open(
 
 /// Opens a model that is a part of an open file, for example an uncompressed asset of an Android package: `length` bytes
 /// from `offset`; 0 for all up to the end of the file. `descriptor` is a file descriptor, on Windows a HANDLE. It is
-/// duplicated, so it may be closed afterwards; its position is neither used nor changed.
+/// duplicated, so it may be closed afterwards; its position is neither used nor changed. On failure, `*model` is NULL.
 ///
 /// Any thread.
 #[unsafe(no_mangle)]
@@ -132,7 +132,7 @@ unsafe fn duplicate(handle: isize) -> std::io::Result<std::fs::File> {
 }
 
 /// Opens a model in memory, such as one that is linked into the program. The bytes must begin at a multiple of 64, and stay
-/// unchanged until the model and all its sessions are closed.
+/// unchanged until the model and all its sessions are closed. On failure, `*model` is NULL.
 ///
 /// Any thread.
 #[unsafe(no_mangle)]

@@ -36,7 +36,8 @@ pub struct mruntime_open_options {
 pub struct mruntime_session_options {
     /// sizeof(mruntime_session_options)
     pub size: usize,
-    /// The most tokens of a text, prompt and answers together; 0 for 4096, or what the model was trained for.
+    /// The most tokens of a text, prompt and answers together, but for a last one that nothing follows; 0 for 4096, or what
+    /// the model was trained for.
     pub context: u64,
     /// Tokens of a prefill step; 0 for 512.
     pub batch: u32,

@@ -100,23 +100,9 @@ impl State {
 
     /// Appends tokens to the text. If it fails or is cancelled, the text is as it was.
     pub(crate) fn feed(&mut self, tokens: &[u32], cancel: &AtomicBool) -> Result<(), Failure> {
-        self.check(tokens, self.session.tokens().len())?;
+        // All of them, before the first prefill step.
+        self.session.check_tokens(tokens, self.session.tokens().len())?;
         self.append(tokens, cancel)
-    }
-
-    /// Refuses tokens that cannot follow `used` others: all of them are looked at before the first prefill step.
-    fn check(&self, tokens: &[u32], used: usize) -> Result<(), Error> {
-        let (context, vocab) = (self.session.context(), self.shared.model.config().vocab_size);
-        if tokens.is_empty() {
-            return Err(Error::NoTokens);
-        }
-        if tokens.len() > context.saturating_sub(used) {
-            return Err(Error::ContextFull { tokens: tokens.len(), used, context });
-        }
-        match tokens.iter().position(|&id| id >= vocab) {
-            Some(index) => Err(Error::TokenId { id: tokens[index], index, vocab }),
-            None => Ok(()),
-        }
     }
 
     /// Appends tokens that were checked, a prefill step at a time.
@@ -254,7 +240,7 @@ pub unsafe extern "C" fn mruntime_session_create(
 }
 
 /// Creates a second session with the same text, options and way to choose tokens (its random numbers start at the seed),
-/// in memory of its own: what texts have in common is computed once.
+/// in memory of its own: what texts have in common is computed once. On failure, `*fork` is NULL.
 ///
 /// One thread at a time.
 #[unsafe(no_mangle)]
@@ -364,7 +350,7 @@ pub unsafe extern "C" fn mruntime_session_prefill(
         if !reused.is_null() {
             check_pointer(reused, "reused")?;
         }
-        state.check(tokens, 0)?;
+        state.session.check_tokens(tokens, 0)?;
         let common = state.session.reusable(tokens);
         state.session.truncate(common);
         state.append(&tokens[common..], cancel)?;
@@ -487,8 +473,9 @@ pub unsafe extern "C" fn mruntime_session_save(
     })
 }
 
-/// Takes over a session that was saved, with the same model and context. It goes on as that one would have, bit for bit.
-/// How tokens are chosen is not part of it. On failure, the text is as it was, or empty if the file cannot be read.
+/// Takes over a session that was saved, with the same model and context. It goes on as that one would have, with numerics 0
+/// bit for bit. How tokens are chosen is not part of it. On failure, the text is as it was, or empty if the file cannot be
+/// read or holds what no session has.
 ///
 /// One thread at a time.
 #[unsafe(no_mangle)]

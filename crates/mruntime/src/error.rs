@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use mrt_format::FormatError;
 
+use crate::pool::MAX_THREADS;
+
 /// An error of the runtime.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -74,7 +76,7 @@ pub enum Error {
         /// Positions that the model was trained for.
         trained: usize,
     },
-    /// A batch or number of threads that is zero.
+    /// A batch that is zero, or a number of threads that no pool has.
     Limits {
         /// Tokens of a prefill step.
         batch: usize,
@@ -155,7 +157,10 @@ impl fmt::Display for Error {
                  {trained} tokens"
             ),
             Error::Limits { batch, threads } => {
-                write!(f, "a batch of {batch} tokens on {threads} threads; both must be at least 1")
+                write!(
+                    f,
+                    "a batch of {batch} tokens on {threads} threads; both must be at least 1, threads at most {MAX_THREADS}"
+                )
             }
             Error::NoTokens => f.write_str("no tokens: the prompt is empty"),
             Error::ContextFull { tokens, used, context } => write!(

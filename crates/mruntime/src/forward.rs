@@ -5,10 +5,10 @@ use mrt_kernels::{Epilogue, Isa, Lhs, Numerics, Window};
 
 use crate::arena::{ALIGNMENT, Arena, Bump, aligned_bytes};
 use crate::error::Error;
-use crate::kv_cache::{KvCache, KvShape, kv_cache_bytes};
+use crate::kv_cache::{KvCache, KvShape, check_context, kv_cache_bytes};
 use crate::ops::{self, Heads, Products};
 use crate::platform::physical_memory;
-use crate::pool::Pool;
+use crate::pool::{MAX_THREADS, Pool};
 use crate::weights::Qwen2Weights;
 
 /// What the caller decides about memory.
@@ -45,14 +45,10 @@ pub struct Qwen2Arenas {
 /// Bytes that a model of shape `cfg` needs under `limits`, before anything is allocated.
 ///
 /// # Errors
-/// When a limit is zero, or the context is longer than the model was trained for.
+/// When a limit is zero, the context is longer than the model was trained for, or there are more than [`MAX_THREADS`] threads.
 pub fn qwen2_memory_sizes(cfg: &Qwen2Config, limits: &Limits) -> Result<MemorySizes, Error> {
-    let trained = cfg.max_position_embeddings as usize;
-    if limits.context == 0 || limits.context > trained {
-        let bytes = kv_cache_bytes(cfg, limits.context);
-        return Err(Error::Context { context: limits.context, bytes, trained });
-    }
-    if limits.batch == 0 || limits.threads == 0 {
+    check_context(cfg, limits.context)?;
+    if limits.batch == 0 || !(1..=MAX_THREADS).contains(&limits.threads) {
         return Err(Error::Limits { batch: limits.batch, threads: limits.threads });
     }
     let (f32s, packed) = scratch_lens(cfg, limits);
@@ -152,19 +148,21 @@ fn worker_len(cfg: &Qwen2Config, limits: &Limits) -> usize {
     let kv = KvShape::new(cfg, limits.context);
     let attention =
         ops::attention_scratch_len(&kv, (cfg.num_heads / cfg.num_kv_heads) as usize, limits.batch);
-    attention.max(mrt_kernels::product_scratch_len(limits.batch)).next_multiple_of(32)
+    let len = attention.max(mrt_kernels::product_scratch_len(limits.batch));
+    len.checked_next_multiple_of(32).unwrap_or(usize::MAX)
 }
 
 /// Cuts the scratch memory out of an arena and prepares the RoPE frequencies.
 ///
 /// # Errors
-/// When the arena has fewer bytes left than [`qwen2_memory_sizes`] says.
+/// As [`qwen2_memory_sizes`], and when the arena has fewer bytes left than it says.
 pub fn qwen2_init_scratch<'a>(
     cfg: &Qwen2Config,
     limits: &Limits,
     isa: Isa,
     arena: &mut Bump<'a>,
 ) -> Result<Scratch<'a>, Error> {
+    qwen2_memory_sizes(cfg, limits)?;
     let (f32s, packed) = scratch_lens(cfg, limits);
     let mut lens = f32s.into_iter();
     let mut next = || arena.alloc::<f32>(lens.next().unwrap_or_default());
@@ -302,7 +300,7 @@ pub struct Observation<'a> {
 /// As [`qwen2_forward`].
 ///
 /// # Panics
-/// As [`qwen2_forward`], and when `observe` does.
+/// As [`qwen2_forward`], and when `observe` does. The pool then keeps the number of threads of that pass.
 #[expect(clippy::too_many_arguments, reason = "flat: all state that takes part is named at the call")]
 pub fn qwen2_forward_observed(
     cfg: &Qwen2Config,
@@ -672,10 +670,21 @@ pub(crate) mod tests {
     #[test]
     fn impossible_limits_are_refused_before_anything_is_allocated() {
         let sizes = |context, batch, threads| qwen2_memory_sizes(&CFG, &Limits { context, batch, threads });
-        assert!(sizes(0, 1, 1).is_err() && sizes(1, 0, 1).is_err() && sizes(1, 1, 0).is_err());
+        let mut arenas = create_qwen2_arenas(&CFG, &Limits { context: 64, batch: 64, threads: 2 }).unwrap();
+        for (context, batch, threads) in [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1025), (1 << 60, 1, 1)] {
+            assert!(sizes(context, batch, threads).is_err());
+            let limits = Limits { context, batch, threads };
+            let scratch = qwen2_init_scratch(&CFG, &limits, Isa::PORTABLE, &mut arenas.scratch.bump());
+            assert!(matches!(scratch.err(), Some(Error::Limits { .. } | Error::Context { .. })));
+            let kv = qwen2_init_kv_cache(&CFG, context, &mut arenas.kv_cache.bump());
+            assert_eq!(kv.is_ok(), context == 1);
+        }
         for context in [1 << 60, usize::MAX] {
             let error = sizes(context, 1, 1).unwrap_err().to_string();
             assert!(error.contains(&format!("{} bytes", u64::MAX)), "{error}");
+        }
+        for batch in [1 << 58, usize::MAX] {
+            assert_eq!(sizes(1, batch, 1).unwrap().scratch, u64::MAX);
         }
         let error = sizes(1 << 40, 1, 1).unwrap_err().to_string();
         let kv = 2 * 2 * ((1u64 << 35) * 41 + 2 * ((1 << 40) + 1)) * 64;

@@ -74,7 +74,7 @@ impl Qwen2Dir {
         Ok(Qwen2Dir { path: dir.into(), config, generation, files, licence, weights })
     }
 
-    /// Every file that is read, or would be if it were there.
+    /// Every file that was read, the README, and the index of shards, there or not.
     pub fn paths(&self) -> impl Iterator<Item = PathBuf> {
         let names = self.files.iter().map(|file| file.name.as_str());
         let names = names.chain([checkpoint::INDEX_FILE, side_files::README]);

@@ -60,15 +60,29 @@ pub(crate) fn kv_cache_bytes(cfg: &Qwen2Config, context: usize) -> u64 {
         .saturating_add(aligned_bytes::<f16>(heads.saturating_mul(shape.v_head_len())))
 }
 
+/// Whether a KV cache can be that long.
+///
+/// # Errors
+/// When the context is 0, or longer than the model was trained for.
+pub(crate) fn check_context(cfg: &Qwen2Config, context: usize) -> Result<(), Error> {
+    let trained = cfg.max_position_embeddings as usize;
+    if (1..=trained).contains(&context) {
+        return Ok(());
+    }
+    Err(Error::Context { context, bytes: kv_cache_bytes(cfg, context), trained })
+}
+
 /// Cuts an empty KV cache for `context` positions out of a zeroed arena.
 ///
 /// # Errors
-/// When the arena has fewer bytes left than [`qwen2_memory_sizes`](crate::qwen2_memory_sizes) says.
+/// When `context` is 0 or longer than the model was trained for, or the arena has fewer bytes left than
+/// [`qwen2_memory_sizes`](crate::qwen2_memory_sizes) says.
 pub fn qwen2_init_kv_cache<'a>(
     cfg: &Qwen2Config,
     context: usize,
     arena: &mut Bump<'a>,
 ) -> Result<KvCache<'a>, Error> {
+    check_context(cfg, context)?;
     let shape = KvShape::new(cfg, context);
     let heads = shape.layers * shape.heads;
     let k = arena.alloc(heads.saturating_mul(shape.k_head_len()))?;

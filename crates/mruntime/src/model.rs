@@ -92,6 +92,10 @@ pub struct Model {
 }
 
 /// The file's bytes.
+fn not_a_file(path: &Path) -> Error {
+    Error::Io { path: path.into(), source: io::Error::other("not a regular file") }
+}
+
 enum Source {
     /// A file, or a part of it that begins at `offset`.
     File {
@@ -122,7 +126,7 @@ impl Model {
         let io_error = |source| Error::Io { path: path.into(), source };
         // Opening a pipe would wait for its writer, so the kind of file is looked at first.
         if !std::fs::metadata(path).map_err(io_error)?.is_file() {
-            return Err(io_error(io::Error::other("not a regular file")));
+            return Err(not_a_file(path));
         }
         let file = File::open(path).map_err(io_error)?;
         let bytes = file.metadata().map_err(io_error)?.len();
@@ -142,10 +146,19 @@ impl Model {
         options: &OpenOptions,
         pool: &mut Pool,
     ) -> Result<Self, Error> {
+        // Pipes have no bytes at an offset.
+        let metadata = file.metadata().map_err(|source| Error::Io { path: path.into(), source })?;
+        if !metadata.is_file() {
+            return Err(not_a_file(path));
+        }
         let source = Source::File { file, offset };
         let prologue = read_prologue(&source, bytes, options, path)?;
-        let front = map_front(&source, &prologue, options.backing, path)?;
         let arena = open_arena(&source, &prologue, options, path, pool)?;
+        // Of weights that were read because they could not be mapped, nothing else is mapped either.
+        let front = match arena {
+            WeightArena::Mapped { .. } => map_front(&source, &prologue, options.backing, path)?,
+            _ => None,
+        };
         Self { path: path.into(), source, prologue, front, arena }.checked(options, pool)
     }
 
@@ -540,6 +553,8 @@ mod tests {
                 assert_eq!(model.backing(), Some(expected), "{offset}");
                 assert!(model.arena() == &bytes[start..]);
                 model.verify(&mut pool).unwrap();
+                let section = model.section("LICENSE").unwrap();
+                assert_eq!(matches!(section, Some(Cow::Borrowed(_))), expected == Backing::Map, "{offset}");
             }
         }
     }
@@ -720,5 +735,12 @@ mod tests {
         assert_eq!(error(dir.path()), format!("{}: not a regular file", dir.path().display()));
         let missing = dir.path().join("missing.mrt");
         assert!(error(&missing).starts_with(&format!("{}: ", missing.display())));
+        #[cfg(unix)]
+        {
+            let pipe = File::from(std::os::fd::OwnedFd::from(io::pipe().unwrap().0));
+            let (path, options) = (Path::new("(pipe)"), OpenOptions::default());
+            let error = Model::open_within(pipe, 0, 0, path, &options, &mut pool).err().unwrap();
+            assert_eq!(error.to_string(), "(pipe): not a regular file");
+        }
     }
 }

@@ -12,6 +12,8 @@ use std::path::Path;
 use memmap2::Advice;
 use memmap2::{Mmap, MmapMut, MmapOptions};
 
+use crate::pool::MAX_THREADS;
+
 /// A part of a file, mapped read-only: its pages are the page cache's, shared by all processes that map the file.
 pub(crate) struct Mapping(Mmap);
 
@@ -94,14 +96,21 @@ pub(crate) fn read_some(file: &File, offset: u64, out: &mut [u8]) -> io::Result<
 /// Sees to it that the names in a folder are on the disk.
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     // Windows cannot open folders for this.
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+    if cfg!(not(unix)) {
+        return Ok(());
+    }
+    match File::open(folder) {
+        // Whoever may create files in a folder may not be allowed to read it.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        folder => folder?.sync_all(),
+    }
 }
 
 /// The number of cores to compute on: physical ones that this process may use, but neither those whose capacity is below
 /// half of the largest one's nor Intel's efficient cores beside performance cores. The logical cores of a physical one
 /// share its multipliers, caches and paths to memory; slow cores make fast ones wait at the end of each job.
 pub fn performance_cores() -> usize {
-    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    let all = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
     fast_cores().map_or(all, |fast| fast.clamp(1, all))
 }
 

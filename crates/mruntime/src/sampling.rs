@@ -137,7 +137,8 @@ pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
     let options = sampler.options;
     for &token in &sampler.seen {
         let logit = &mut logits[token as usize];
-        *logit *= if *logit > 0.0 { 1.0 / options.repetition_penalty } else { options.repetition_penalty };
+        let penalty = options.repetition_penalty;
+        *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
     }
     if options.temperature == 0.0 || options.top_k == 1 {
         return argmax(logits);
@@ -487,6 +488,19 @@ mod tests {
         sampler.forget();
         assert_eq!(sample(&mut sampler, &mut logits), 0);
         assert_eq!(logits, [2.0, 1.5, -2.0]);
+    }
+
+    #[test]
+    fn a_penalty_divides_with_one_rounding() {
+        let options = SamplingOptions { repetition_penalty: 1.1, ..SamplingOptions::GREEDY };
+        for i in 0..1000 {
+            let x = 1.0 + i as f32 / 64.0;
+            let mut sampler = sampler(options, 1);
+            sampler.observe(0);
+            let mut logits = [x];
+            sample(&mut sampler, &mut logits);
+            assert_eq!(logits, [x / 1.1]);
+        }
     }
 
     #[test]

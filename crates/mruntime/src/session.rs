@@ -1,7 +1,7 @@
 //! A conversation: a KV cache together with the tokens of the text, so that only new tokens are computed.
 //!
 //! By the numerics contract, tokens that are not computed again, because a session was cut, forked, saved and loaded,
-//! or because a prompt begins as the one before did, leave the same bits as those that are.
+//! or because a prompt begins as the one before did, leave the same bits as those that are; not so on a fast lane.
 
 use std::ops::ControlFlow;
 
@@ -109,22 +109,19 @@ impl<'a> Session<'a> {
         same.min(self.kv.len())
     }
 
-    fn check_room(&self, tokens: usize, used: usize) -> Result<(), Error> {
-        let context = self.kv.context();
-        if tokens > context - used.min(context) {
-            Err(Error::ContextFull { tokens, used, context })
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Whether `prompt` can be the text.
-    fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
-        if prompt.is_empty() {
+    /// Whether `tokens` can follow the first `used` tokens of a text.
+    ///
+    /// # Errors
+    /// When there are none, they do not fit into the context, or one is outside the vocabulary.
+    pub fn check_tokens(&self, tokens: &[u32], used: usize) -> Result<(), Error> {
+        if tokens.is_empty() {
             return Err(Error::NoTokens);
         }
-        self.check_room(prompt.len(), 0)?;
-        check_ids(&self.cfg, prompt)
+        let context = self.kv.context();
+        if tokens.len() > context.saturating_sub(used) {
+            return Err(Error::ContextFull { tokens: tokens.len(), used, context });
+        }
+        check_ids(&self.cfg, tokens)
     }
 
     /// Computes the tokens that the cache does not hold, with the logits of the last one.
@@ -143,18 +140,13 @@ impl<'a> Session<'a> {
 ///
 /// # Errors
 /// When there are none, they do not fit into the context, or one is outside the vocabulary. The text is then as it was.
+///
+/// # Panics
+/// As [`qwen2_forward`]; the session cannot be used any more then.
 pub fn session_feed(session: &mut Session<'_>, tokens: &[u32], pool: &mut Pool) -> Result<(), Error> {
-    if tokens.is_empty() {
-        return Err(Error::NoTokens);
-    }
-    let before = session.tokens.len();
-    session.check_room(tokens.len(), before)?;
+    session.check_tokens(tokens, session.tokens.len())?;
     session.tokens.extend_from_slice(tokens);
-    let had_logits = session.has_logits;
-    session.compute(pool).inspect_err(|_| {
-        session.tokens.truncate(before);
-        session.has_logits = had_logits;
-    })
+    session.compute(pool)
 }
 
 /// Makes `prompt` the text. Of it, what the cache already holds (the longest common prefix) is not computed again; the
@@ -162,8 +154,11 @@ pub fn session_feed(session: &mut Session<'_>, tokens: &[u32], pool: &mut Pool) 
 ///
 /// # Errors
 /// As [`session_feed`].
+///
+/// # Panics
+/// As [`session_feed`].
 pub fn session_prefill(session: &mut Session<'_>, prompt: &[u32], pool: &mut Pool) -> Result<usize, Error> {
-    session.check_prompt(prompt)?;
+    session.check_tokens(prompt, 0)?;
     let reused = session.reusable(prompt);
     session.truncate(reused);
     if reused < prompt.len() {
@@ -177,6 +172,9 @@ pub fn session_prefill(session: &mut Session<'_>, prompt: &[u32], pool: &mut Poo
 ///
 /// # Errors
 /// When the text is empty, or its last token has no room in the context.
+///
+/// # Panics
+/// As [`session_feed`].
 pub fn session_logits<'s>(session: &'s mut Session<'_>, pool: &mut Pool) -> Result<&'s mut [f32], Error> {
     if !session.has_logits {
         let Some(last) = session.tokens.len().checked_sub(1) else { return Err(Error::NoTokens) };
@@ -194,6 +192,9 @@ pub fn session_logits<'s>(session: &'s mut Session<'_>, pool: &mut Pool) -> Resu
 ///
 /// # Errors
 /// As [`session_logits`].
+///
+/// # Panics
+/// As [`session_feed`].
 pub fn session_next(session: &mut Session<'_>, sampler: &mut Sampler, pool: &mut Pool) -> Result<u32, Error> {
     let token = sample(sampler, session_logits(session, pool)?);
     sampler.observe(token);
@@ -203,14 +204,14 @@ pub fn session_next(session: &mut Session<'_>, sampler: &mut Sampler, pool: &mut
 }
 
 /// Generates after `prompt`, the tokens of the whole conversation so far. Of them, what the cache already holds (the
-/// longest common prefix) is not computed again: by the numerics contract the answer has the same bits.
+/// longest common prefix) is not computed again: by the numerics contract the answer of exact numerics has the same bits.
 ///
 /// # Errors
 /// When the prompt is empty or does not fit into the context, or a token id is outside the vocabulary. The text is then as
 /// it was.
 ///
 /// # Panics
-/// When `on_token` does; the session cannot be used any more then.
+/// As [`session_feed`], and when `on_token` does; the session cannot be used any more then.
 pub fn session_generate(
     session: &mut Session<'_>,
     prompt: &[u32],
@@ -219,7 +220,7 @@ pub fn session_generate(
     pool: &mut Pool,
     mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Generated, Error> {
-    session.check_prompt(prompt)?;
+    session.check_tokens(prompt, 0)?;
     // The last token is computed in any case: its logits are wanted.
     let reused = session.reusable(prompt).min(prompt.len() - 1);
     session.truncate(reused);
@@ -231,14 +232,10 @@ pub fn session_generate(
     let Session { cfg, weights, kv, scratch, tokens, .. } = session;
     let new = &prompt[reused..];
     tokens.extend_from_slice(new);
-    let result = qwen2_generate(cfg, weights, kv, scratch, new, sampler, options, pool, |token| {
+    qwen2_generate(cfg, weights, kv, scratch, new, sampler, options, pool, |token| {
         tokens.push(token);
         on_token(token)
-    });
-    if result.is_err() {
-        tokens.truncate(kv.len());
-    }
-    result
+    })
 }
 
 #[cfg(test)]
@@ -441,8 +438,13 @@ pub(crate) mod tests {
             }
             assert!(session_prefill(&mut session, &tokens(21), pool).is_err());
             assert_eq!(session.tokens(), tokens(18));
-            // A last token is chosen for which there is no room.
+            // One that is chosen and not computed yet is none of those that are refused.
             let mut sampler = Sampler::new(SamplingOptions::GREEDY, 75, Isa::detect()).unwrap();
+            session_next(&mut session, &mut sampler, pool).unwrap();
+            let error = session_feed(&mut session, &[75], pool).unwrap_err().to_string();
+            assert_eq!(error, "token 75 at index 0 is outside the vocabulary of 75 tokens");
+            session.truncate(18);
+            // A last token is chosen for which there is no room.
             for _ in 0..3 {
                 session_next(&mut session, &mut sampler, pool).unwrap();
             }

@@ -12,8 +12,8 @@
 //! | 56 | 8 | T, tokens of the text |
 //! | 64 | 8 | P, positions of the cache that are filled: T or T - 1 |
 //! | 72 | 4 T | token ids |
-//! | | 64 D ceil(P / 32) each | K of each layer and KV head: FP16 `[ceil(P / 32)][D = head_dim][32 positions]`, zeros after P |
-//! | | 64 P ceil(D / 32) each | V of each layer and KV head: FP16 `[ceil(D / 32)][P][32 dimensions]`, zeros after D |
+//! | | 64 D ceil(P / 32) each | K of each layer and KV head: FP16 `[ceil(P / 32)][D = head_dim][32 positions]`, written as zeros after P |
+//! | | 64 P ceil(D / 32) each | V of each layer and KV head: FP16 `[ceil(D / 32)][P][32 dimensions]`, written as zeros after D |
 //! | | 32 | SHA-256 of all before |
 
 use std::fs::File;
@@ -125,7 +125,7 @@ impl Session<'_> {
     }
 
     /// Takes over the session that [`save`](Self::save) wrote: from here on, this one does what that one would have
-    /// done, bit for bit. The sampler's state is not part of it.
+    /// done, with exact numerics bit for bit. The sampler's state is not part of it.
     ///
     /// # Errors
     /// When the file cannot be read, is damaged, or is a session of another model, context size or format version. The
@@ -416,5 +416,16 @@ mod tests {
         std::fs::create_dir_all(path.join("full")).unwrap();
         with_session(100, |session, _| assert!(session.save(&path, &root()).is_err()));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_that_may_only_be_written_to_takes_a_session() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let mode = |mode| std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
+        mode(0o300);
+        with_session(100, |session, _| session.save(dir.path().join("session"), &root()).unwrap());
+        mode(0o700);
     }
 }
