@@ -297,7 +297,8 @@ fn compare_text(
 
 /// A short text of some JSON, for messages.
 fn brief(json: &Value) -> String {
-    let text = json.to_string();
+    // JSON leaves some control characters as they are.
+    let text = json.to_string().replace(char::is_control, "?");
     match text.char_indices().nth(120) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text,

@@ -38,8 +38,9 @@ pub(crate) const MAX_MESSAGE_CHARS: usize = 500;
 /// What transformers gives to templates is there: `trim_blocks` and `lstrip_blocks`, `raise_exception`, `strftime_now`,
 /// its `tojson`, `break` and `continue`, `{% generation %}`. Left out are the methods of Python's strings, lists and dicts
 /// that `minijinja_contrib::pycompat` does not have (`rsplit`, for example), and what of Jinja minijinja does not have; a
-/// template that uses them ends with an error. Rendering has limits of time, memory and length, so a hostile template
-/// ends with an error, too.
+/// template that uses them ends with an error. Very small and very large floats, unprintable characters and whole
+/// dictionaries may be printed otherwise than by Python. Rendering has limits of time, memory and length, so a hostile
+/// template ends with an error, too.
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
 }

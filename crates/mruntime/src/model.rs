@@ -153,12 +153,10 @@ impl Model {
         }
         let source = Source::File { file, offset };
         let prologue = read_prologue(&source, bytes, options, path)?;
+        let front = map_front(&source, &prologue, options.backing, path)?;
         let arena = open_arena(&source, &prologue, options, path, pool)?;
-        // Of weights that were read because they could not be mapped, nothing else is mapped either.
-        let front = match arena {
-            WeightArena::Mapped { .. } => map_front(&source, &prologue, options.backing, path)?,
-            _ => None,
-        };
+        // Where the weights had to be read, nothing stays mapped.
+        let front = front.filter(|_| matches!(arena, WeightArena::Mapped { .. }));
         Self { path: path.into(), source, prologue, front, arena }.checked(options, pool)
     }
 

@@ -41,6 +41,7 @@ enum Command {
     Logits(logits::LogitsArgs),
     Perplexity(perplexity::PerplexityArgs),
     /// Measure what the fast lane costs: perplexity, KL divergence and top-1 agreement beside the exact default
+    #[command(mut_arg("numerics", |arg| arg.hide(true)))]
     Quality(perplexity::PerplexityArgs),
 }
 

@@ -41,7 +41,7 @@ pub fn run(args: TurnsArgs) -> Result<()> {
     let mut logits = vec![0.0; cfg.vocab_size as usize];
     inference.forward(prompt, &mut [], &mut pool)?;
     for line in io::stdin().lock().lines() {
-        let line = line?;
+        let line = line.map_err(|e| format!("standard input: {e}"))?;
         let tokens = line.trim().parse().ok().and_then(|n: usize| tokens.get(..n)).ok_or_else(|| {
             format!("standard input: \"{line}\" is not a number of tokens up to {}", tokens.len())
         })?;

@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 use std::process::{ExitCode, exit};
+#[cfg(unix)]
+use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
 use clap_complete::Shell;
@@ -18,6 +20,9 @@ const HELP: &str = "Two calls more: `--completions SHELL` prints the completions
 pub fn parse<T: Parser>() -> T {
     // All tools tell of them in an error's one line.
     mruntime_text::silence_caught_panics();
+    // A limit on the size of files is an error to tell of, too, and not the end of the process.
+    #[cfg(unix)]
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let command = || T::command().after_help(HELP);
     let args: Vec<OsString> = std::env::args_os().collect();
     match args.get(1).and_then(|arg| arg.to_str()) {

@@ -37,7 +37,8 @@ pub fn exit_code(result: Result<()>) -> ExitCode {
         Err(error) => {
             // What has no name of its own is what the program prints on.
             let what = if error.is::<io::Error>() { "standard output: " } else { "" };
-            say(format_args!("error: {what}{error}"));
+            // One line, whatever a file is called.
+            say(format!("error: {what}{error}").replace(char::is_control, "?"));
             ExitCode::FAILURE
         }
     }

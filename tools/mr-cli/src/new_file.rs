@@ -29,6 +29,9 @@ impl NewFile {
         inputs: impl IntoIterator<Item = P>,
     ) -> std::result::Result<Self, FileError> {
         let bad = |problem: String| FileError::new(path, problem);
+        if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+            return Err(bad("is the name of a directory; name the file to write".into()));
+        }
         let real = match std::fs::symlink_metadata(path) {
             Ok(meta) if meta.is_symlink() => {
                 path.canonicalize().map_err(|e| bad(format!("is a link that leads nowhere: {e}")))?

@@ -21,7 +21,9 @@ impl Pages {
 
     /// Of the mapping that `bytes` begin in; where the system does not tell, none.
     pub fn of(bytes: &[u8]) -> Option<Pages> {
-        parse_smaps(&std::fs::read_to_string("/proc/self/smaps").ok()?, bytes.as_ptr().addr())
+        // The names of mapped files need not be UTF-8.
+        let smaps = std::fs::read("/proc/self/smaps").ok()?;
+        parse_smaps(&String::from_utf8_lossy(&smaps), bytes.as_ptr().addr())
     }
 }
 

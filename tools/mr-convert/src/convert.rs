@@ -86,7 +86,8 @@ fn reserve(target: &NewFile, bytes: u64) -> Result<(), ConvertError> {
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{FallocateFlags, fallocate};
-        match fallocate(target.file(), FallocateFlags::empty(), 0, bytes) {
+        let reserve = || fallocate(target.file(), FallocateFlags::empty(), 0, bytes);
+        match rustix::io::retry_on_intr(reserve) {
             Ok(()) => return Ok(()),
             // File systems that cannot reserve find out while writing.
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}

@@ -139,7 +139,13 @@ pub fn write_text(out: &mut impl Write, a: &MrtFile, b: &MrtFile, list: &[Differ
         }
     }
     match a.prologue.root() == b.prologue.root() {
-        true => writeln!(out, "the files are the same: root {}", a.prologue.root())?,
+        true => {
+            let root = a.prologue.root();
+            writeln!(
+                out,
+                "the files are the same by their digests, root {root}; mrt verify checks their bytes"
+            )?;
+        }
         false if list.is_empty() => writeln!(out, "the files differ in bits of the header alone")?,
         false => {}
     }

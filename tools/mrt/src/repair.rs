@@ -45,7 +45,8 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
     let source = open_regular(other, File::options().read(true))?;
     // A prologue is good if it is whole, and the expected one if there is an expectation.
     let theirs = MrtFile::open_part(other, source.try_clone().map_err(io_error)?, root);
-    if let (false, Err(problem)) = (path.exists(), &theirs) {
+    let is_new = !path.exists();
+    if let (true, Err(problem)) = (is_new, &theirs) {
         return Err(problem.to_string().into());
     }
     let target = open_regular(path, File::options().read(true).write(true).create(true).truncate(false))?;
@@ -85,8 +86,11 @@ pub fn repair(path: &Path, other: &Path, root: Option<&Digest>, pool: &mut Pool)
     let prologue = &plan.prologue;
     let total = prologue.file_bytes();
     if target_len != total || !fetched.is_empty() {
-        target.set_len(total + 1).map_err(io_error)?;
-        target.write_all_at(&plan.head, 0).map_err(io_error)?;
+        let begun = target.set_len(total + 1).and_then(|()| target.write_all_at(&plan.head, 0));
+        if begun.is_err() && is_new {
+            let _ = std::fs::remove_file(path);
+        }
+        begun.map_err(io_error)?;
     }
 
     // Nothing is left to the other copy but bytes: what they must be, the digests say.

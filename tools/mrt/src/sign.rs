@@ -87,6 +87,11 @@ pub fn check(file: &MrtFile, key: &PublicKey, signature: &Path) -> Result<String
     let text = read_small(signature)?;
     let signed = SignatureBox::from_string(&text)
         .map_err(|e| error(format!("is not a minisign signature: {}", one_line(&e))))?;
+    // The crate panics where the signature of the comment is too short.
+    let of_comment = text.lines().nth(3).and_then(|line| Base64::decode_to_vec(line.trim(), None).ok());
+    if of_comment.is_none_or(|bytes| bytes.len() != 64) {
+        return Err(error("is not a minisign signature: its last line is not 64 bytes in Base64".into()));
+    }
     let (by, expected) = (key_id(signed.keynum()), key_id(key.keynum()));
     if by != expected {
         return Err(error(format!("is by another key: {by}, not {expected}")));

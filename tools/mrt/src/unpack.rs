@@ -26,7 +26,8 @@ const MADE_ANEW: [&str; 5] = [TENSOR_TABLE, GENERATION, CHAT_TEMPLATE, TOKENIZER
 /// appears when it is complete. Returns the names of the files. Setting `interrupted` stops the work.
 pub fn unpack(file: &MrtFile, dir: &Path, interrupted: &AtomicBool) -> mr_cli::Result<Vec<String>> {
     let failed = |e: io::Error| FileError::new(dir, format!("cannot be written: {e}"));
-    if std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) || dir.is_file() {
+    let is_empty = || std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+    if dir.symlink_metadata().is_ok_and(|meta| !meta.is_dir() || !is_empty()) {
         return Err(FileError::new(dir, "exists; name a new directory").into());
     }
     let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -77,6 +78,11 @@ pub fn unpack(file: &MrtFile, dir: &Path, interrupted: &AtomicBool) -> mr_cli::R
 fn loose_template(file: &MrtFile) -> mr_cli::Result<Option<Vec<u8>>> {
     let Some(template) = file.section(CHAT_TEMPLATE)? else { return Ok(None) };
     let (jinja, config) = (file.section(CHAT_TEMPLATE_FILE)?, file.section("tokenizer_config.json")?);
+    if jinja.as_ref().is_some_and(|jinja| *jinja != template) {
+        let problem =
+            format!("has two chat templates: {CHAT_TEMPLATE_FILE} is another one than {CHAT_TEMPLATE}");
+        return Err(file.error(problem).into());
+    }
     let found = find_chat_template(jinja.as_deref(), config.as_deref()).ok().flatten();
     Ok((found.as_ref().map(String::as_bytes) != Some(&template)).then_some(template))
 }

@@ -59,7 +59,8 @@ pub fn warm(path: &Path) -> Result<(State, State)> {
     }
     // Reading on from the head would bring the first weights in in small pages, so it comes last.
     let head = MrtFile::open(path)?.prologue.arena_offset();
-    io::copy(&mut File::open(path)?.take(head), &mut io::sink()).map_err(error)?;
+    let copy = |file: File| io::copy(&mut file.take(head), &mut io::sink());
+    File::open(path).and_then(copy).map_err(error)?;
     // Once more for the time that it takes from now on.
     Ok((found, bring_in(path, pool)?))
 }

@@ -118,7 +118,11 @@ fn what_is_unpacked_converts_to_the_same_file() {
         assert!(!folder.path("dir/chat_template.jinja").exists());
         convert_dir(&folder.path("dir"), &folder.path("b.mrt"), None);
         assert!(folder.read("a.mrt") == folder.read("b.mrt"), "{name}");
-        assert!(folder.ok(&["diff", "a.mrt", "b.mrt"]).starts_with("the files are the same: root "));
+        assert!(
+            folder
+                .ok(&["diff", "a.mrt", "b.mrt"])
+                .starts_with("the files are the same by their digests, root ")
+        );
     }
 }
 
@@ -151,7 +155,8 @@ fn a_directory_is_made_whole_or_not_at_all() {
     folder.write("a.mrt", &bytes);
     folder.write("file", b"");
     std::fs::create_dir_all(folder.path("full/x")).unwrap();
-    for dir in ["file", "full"] {
+    std::os::unix::fs::symlink("nowhere", folder.path("link")).unwrap();
+    for dir in ["file", "full", "link"] {
         assert!(folder.fails(&["unpack", "a.mrt", dir]).contains("exists; name a new directory"));
     }
     assert!(folder.fails(&["unpack", "a.mrt", "no/where"]).contains("cannot be written: No such file"));
@@ -163,7 +168,7 @@ fn a_directory_is_made_whole_or_not_at_all() {
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert_eq!(names, ["a.mrt", "bad.mrt", "file", "full"]);
+    assert_eq!(names, ["a.mrt", "bad.mrt", "file", "full", "link"]);
     folder.ok(&["unpack", "a.mrt", "dir"]);
     assert_eq!(folder.read("dir/LICENSE"), b"Be fair");
 }
@@ -175,7 +180,9 @@ fn differences_are_named() {
     folder.write("a.mrt", &a);
     folder.write("b.mrt", &model(&CFG, 1));
     folder.write("c.mrt", &model(&Qwen2Config { num_layers: 1, vocab_size: 7, rope_theta: 5e5, ..CFG }, 0));
-    assert!(folder.ok(&["diff", "a.mrt", "a.mrt"]).starts_with("the files are the same: root "));
+    assert!(
+        folder.ok(&["diff", "a.mrt", "a.mrt"]).starts_with("the files are the same by their digests, root ")
+    );
 
     let (code, text, _) = folder.mrt(&["diff", "a.mrt", "b.mrt"]);
     assert_eq!((code, text.lines().count()), (1, 14), "{text}");
@@ -438,6 +445,12 @@ fn signatures() {
         changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
         folder.write("c.sig", &changed);
         folder.fails(&["verify", "a.mrt", "--key", "ours.pub", "--signature", "c.sig"]);
+    }
+    let (lines, _) = signature.trim_end().rsplit_once('\n').unwrap();
+    for last in ["", "\n", "\nAAAA\n"] {
+        folder.write("c.sig", format!("{lines}{last}").as_bytes());
+        let message = folder.fails(&["verify", "a.mrt", "--key", "ours.pub", "--signature", "c.sig"]);
+        assert!(message.contains("c.sig: is not a minisign signature: "), "{message}");
     }
 
     // A damaged file is neither signed nor taken for what its good root says.

@@ -55,15 +55,19 @@ impl<'a> Answerer<'a> {
         Answerer { session, sampler, pool, tokenizer, stop_tokens, max_new_tokens, stop, totals }
     }
 
-    /// Lets `stop` end an answer. It is cleared when the next one begins.
+    /// Lets `stop` end an answer, until the next one begins.
     pub fn stop_when(&mut self, stop: Arc<AtomicBool>) {
         self.stop = stop;
+    }
+
+    /// Begins an answer: from here on, also while its prompt is made, it can be stopped.
+    pub fn begin(&self) {
+        self.stop.store(false, Ordering::Relaxed);
     }
 
     /// Writes the answer to `prompt`, the tokens of the whole conversation, and a newline. Returns its tokens; none if
     /// it was stopped before it began.
     pub fn answer(&mut self, prompt: &[u32], out: &mut impl Write) -> Result<Option<Vec<u32>>> {
-        self.stop.store(false, Ordering::Relaxed);
         let context = self.session.context();
         if prompt.len() > context {
             let tokens = prompt.len();
@@ -199,6 +203,7 @@ mod tests {
             let stop = Arc::new(AtomicBool::new(false));
             answerer.stop_when(Arc::clone(&stop));
             for tokens in [4, 1, 11] {
+                answerer.begin();
                 let mut out = StoppingWriter { text: Vec::new(), left: tokens, stop: Arc::clone(&stop) };
                 let answer = answerer.answer(&prompt, &mut out).unwrap().unwrap();
                 assert_eq!(answer, expected[..tokens.min(10)]);

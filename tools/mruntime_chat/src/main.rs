@@ -27,7 +27,7 @@ const HELP: &str = "\
 /reset   forget the conversation
 /help    show this
 /exit    leave; so does Ctrl-D
-Ctrl-C   stop the answer; a second time, the program
+Ctrl-C   stop the answer; again before it has stopped, the program
 Anything else goes to the model.";
 
 fn main() -> ExitCode {
@@ -120,6 +120,10 @@ impl Chat<'_> {
                 Ok(line) if line.trim().is_empty() => continue,
                 Ok(line) => line,
                 Err(ReadlineError::Interrupted) => continue,
+                Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
+                    say("error: what was typed is not UTF-8");
+                    continue;
+                }
                 Err(ReadlineError::Eof) => return Ok(()),
                 Err(error) => return Err(error.into()),
             };
@@ -150,6 +154,7 @@ impl Chat<'_> {
         if message.trim().is_empty() {
             return Err("the prompt is empty".into());
         }
+        self.answerer.begin();
         let turn = self.conversation.turn(message)?;
         if let Some(answer) = self.answerer.answer(turn.tokens(), &mut io::stdout().lock())? {
             self.conversation.accept(turn, &answer);

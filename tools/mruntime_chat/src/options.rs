@@ -26,13 +26,13 @@ pub struct Cli {
     #[arg(long, value_name = "DIGEST", conflicts_with = "model_dir")]
     pub expect_root: Option<Digest>,
     /// Answer this and exit
-    #[arg(short, long, value_name = "TEXT")]
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// Answer the text of this file, without its last newline, and exit; - for standard input
     #[arg(short, long, value_name = "FILE", conflicts_with = "prompt")]
     file: Option<PathBuf>,
     /// Instructions to the model that go before the conversation
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// Continue texts as they are: no chat template, no memory of what went before
     #[arg(long, conflicts_with = "system")]

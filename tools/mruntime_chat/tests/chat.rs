@@ -155,7 +155,9 @@ fn raw_continues_the_text() {
     let model = ChatModel::greedy();
     let answer = |text: &str| model.shown(&model.continuation(&model.encode(text)));
     let args = [&["--raw"], SHORT.as_slice()].concat();
-    assert_eq!(stdout(model.chat(&[&args[..], &["-p", "the user"]].concat(), "")), answer("the user"));
+    for text in ["the user", "- the user"] {
+        assert_eq!(stdout(model.chat(&[&args[..], &["-p", text]].concat(), "")), answer(text));
+    }
     // A text of several lines, from a file or standard input.
     let file = model.dir.path().join("prompt.txt");
     fs::write(&file, "the user\nthe\n").unwrap();

@@ -21,11 +21,16 @@ const NAMES: [&str; 9] = [
     "chat_template.jinja",
 ];
 
+/// Those that grow with the vocabulary.
+const LARGE_NAMES: [&str; 3] = ["tokenizer.json", "vocab.json", "merges.txt"];
+
+/// The most bytes of the others, which are read into trees of many times their size.
+const MAX_USUAL_BYTES: u64 = 4 << 20;
+
 /// Licences ask to be passed on with the work, and Apache-2.0 asks the same for its notices.
 const LICENCE_PREFIXES: [&str; 2] = ["LICENSE", "NOTICE"];
 
 const MAX_LICENCES: usize = 16;
-const MAX_LICENCE_BYTES: u64 = 4 << 20;
 
 /// A file of the model directory with its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,9 +63,9 @@ pub(super) fn read(dir: &Path) -> Result<Vec<SideFile>, HfError> {
     names.extend(licences);
 
     let mut files = Vec::new();
-    for (i, name) in names.into_iter().enumerate() {
+    for name in names {
         let path = dir.join(&name);
-        let limit = if i < NAMES.len() { MAX_SMALL_FILE_BYTES } else { MAX_LICENCE_BYTES };
+        let limit = if LARGE_NAMES.contains(&name.as_str()) { MAX_SMALL_FILE_BYTES } else { MAX_USUAL_BYTES };
         let Some(bytes) = read_small_file(&path, limit)? else { continue };
         if bytes.starts_with(b"version https://git-lfs") {
             return Err(HfError::bad(&path, "is a Git LFS pointer, not the file; run `git lfs pull`"));
