@@ -43,7 +43,7 @@ pub struct ColdArgs {
     prefault: String,
     #[command(flatten)]
     numerics: NumericsArg,
-    /// Measure again with nothing in the page cache: neither FILE nor, as far as this user may say so, anything else
+    /// Measure again with FILE and, where this user may do that, everything else dropped from the page cache
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     drop_caches: Option<DropCaches>,
     /// Also measure how soon models of these shapes are ready: 0.1b, 0.5b, 7b; sparse files with FILE's tokenizer

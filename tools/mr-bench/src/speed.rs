@@ -51,7 +51,8 @@ pub struct SpeedArgs {
     /// Where the weights of FILE.mrt are [default: map]
     #[arg(long, value_name = "map|read", conflicts_with = "model_dir", value_parser = parse_backing)]
     backing: Option<Backing>,
-    /// Repeat each test with a look at each operation: calls, time, bytes, FLOPs, share of its limit
+    /// Repeat each test with a look at each operation: calls, time, bytes, FLOPs, share of its limit (above 100 % if the
+    /// machine was slower while that was measured)
     #[arg(long)]
     profile: bool,
     /// Repeat each test once and write when which operation ran, in Chrome's trace format (for ui.perfetto.dev)

@@ -12,8 +12,8 @@ use clap_complete::Shell;
 
 use crate::{FileError, Result, exit_code, say};
 
-const HELP: &str = "Two calls more: `--completions SHELL` prints the completions for bash, zsh, fish, elvish or powershell, \
-                    `--man-pages DIR` writes the man pages.";
+const HELP: &str = "Also: `--completions SHELL` prints completions for bash, zsh, fish, elvish or powershell; `--man-pages DIR` writes man \
+                    pages.";
 
 /// Parses the command line of a tool; wrong usage ends the process with code 2. Alone on it, `--completions SHELL`
 /// prints completions and `--man-pages DIR` writes man pages, instead of the tool's work.
