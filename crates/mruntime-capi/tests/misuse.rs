@@ -126,7 +126,11 @@ fn wrong_sizes_and_values_are_refused() {
     refused(create(|o| o.size = 0), MRUNTIME_INVALID_ARGUMENT, "set its size to sizeof");
     refused(create(|o| o.size = 1 << 30), MRUNTIME_INVALID_ARGUMENT, "set its size to sizeof");
     refused(create(|o| o.context = 1 << 50), MRUNTIME_INVALID_ARGUMENT, "bytes");
-    refused(create(|o| o.threads = 5000), MRUNTIME_INVALID_ARGUMENT, "cannot run on 5000 threads");
+    refused(
+        create(|o| o.threads = 5000),
+        MRUNTIME_INVALID_ARGUMENT,
+        "on 5000 threads; both must be at least 1",
+    );
     refused(create(|o| o.batch = u32::MAX), MRUNTIME_MEMORY, " bytes of memory: ");
     refused(create(|o| o.numerics = 2), MRUNTIME_INVALID_ARGUMENT, "numerics is 2; it must be from 0 to 1");
 
