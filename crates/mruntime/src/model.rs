@@ -92,10 +92,6 @@ pub struct Model {
 }
 
 /// The file's bytes.
-fn not_a_file(path: &Path) -> Error {
-    Error::Io { path: path.into(), source: io::Error::other("not a regular file") }
-}
-
 enum Source {
     /// A file, or a part of it that begins at `offset`.
     File {
@@ -146,7 +142,6 @@ impl Model {
         options: &OpenOptions,
         pool: &mut Pool,
     ) -> Result<Self, Error> {
-        // Pipes have no bytes at an offset.
         let metadata = file.metadata().map_err(|source| Error::Io { path: path.into(), source })?;
         if !metadata.is_file() {
             return Err(not_a_file(path));
@@ -315,6 +310,10 @@ impl Model {
     fn invalid(&self, problem: FormatError) -> Error {
         Error::Format { path: self.path.clone(), problem }
     }
+}
+
+fn not_a_file(path: &Path) -> Error {
+    Error::Io { path: path.into(), source: io::Error::other("not a regular file") }
 }
 
 impl Source {

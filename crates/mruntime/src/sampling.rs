@@ -135,9 +135,9 @@ impl Sampler {
 pub fn sample(sampler: &mut Sampler, logits: &mut [f32]) -> u32 {
     assert_eq!(logits.len(), sampler.weights.len());
     let options = sampler.options;
+    let penalty = options.repetition_penalty;
     for &token in &sampler.seen {
         let logit = &mut logits[token as usize];
-        let penalty = options.repetition_penalty;
         *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
     }
     if options.temperature == 0.0 || options.top_k == 1 {

@@ -418,6 +418,7 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
+    // Of root, who may read every folder, it asks nothing.
     #[cfg(unix)]
     #[test]
     fn a_folder_that_may_only_be_written_to_takes_a_session() {
