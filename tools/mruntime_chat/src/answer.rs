@@ -211,6 +211,11 @@ mod tests {
                 assert_eq!(text, tokenizer.decode(&answer, true) + "\n");
             }
             assert_eq!(answerer.totals.generated, 4 + 1 + 10);
+
+            // Stopped while its prompt is made.
+            answerer.begin();
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(answerer.answer(&prompt, &mut io::sink()).unwrap().unwrap(), expected[..1]);
         });
     }
 }

@@ -207,6 +207,37 @@ fn a_conversation_answers_from_all_that_was_said() {
 }
 
 #[test]
+fn a_terminal_is_asked_until_the_user_leaves() {
+    let model = ChatModel::greedy();
+    let prompt = model.encode("the user");
+    // What comes from a terminal has its own ends of lines, and is read as one character a byte.
+    let answer = model.shown(&model.continuation(&prompt)).replace('\n', "\r\n");
+    let answer: String = answer.bytes().map(char::from).collect();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mruntime_chat"));
+    command.args(["--model-dir", model.dir(), "--raw"]).args(SHORT).env("TERM", "xterm");
+    let mut terminal = rexpect::session::spawn_command(command, Some(60_000)).unwrap();
+    terminal.exp_string("context 512; /help lists the commands").unwrap();
+    for _ in 0..2 {
+        terminal.exp_string("> ").unwrap();
+        terminal.send_line("the user").unwrap();
+        terminal.exp_string(&answer).unwrap();
+        // None of these ends the conversation.
+        terminal.exp_string("> ").unwrap();
+        terminal.send_control('c').unwrap();
+        terminal.exp_string("> ").unwrap();
+        terminal.process().get_file_handle().unwrap().write_all(b"caf\xe9\n").unwrap();
+        terminal.exp_string("error: what was typed is not UTF-8").unwrap();
+        terminal.exp_string("> ").unwrap();
+        terminal.send_line(&"the user ".repeat(300)).unwrap();
+        terminal.exp_string("error: the prompt and what goes before it have ").unwrap();
+    }
+    terminal.exp_string("> ").unwrap();
+    terminal.send_control('d').unwrap();
+    terminal.exp_string("; generation: 24 tokens").unwrap();
+    terminal.exp_eof().unwrap();
+}
+
+#[test]
 fn the_template_is_the_models() {
     let model = ChatModel::greedy();
     let template = "{% for m in messages %}({{ m.role }}: {{ m.content | trim }}){% endfor %}";
