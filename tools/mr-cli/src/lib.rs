@@ -9,6 +9,7 @@ mod new_file;
 mod numerics;
 mod output;
 mod pages;
+mod progress;
 
 use std::error::Error;
 use std::io;
@@ -25,6 +26,7 @@ pub use new_file::NewFile;
 pub use numerics::NumericsArg;
 pub use output::{say, verdict};
 pub use pages::Pages;
+pub use progress::progress_bar;
 
 /// With an error that is shown to the user as it is: one line.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;

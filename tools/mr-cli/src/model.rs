@@ -1,16 +1,15 @@
 //! A model from a `.mrt` file or a Hugging Face directory, with the same view of both.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Args;
-use indicatif::ProgressBar;
 use mrt_format::{CHAT_TEMPLATE, GenerationDefaults, TOKEN_NAMES};
 use mruntime::hf::{Qwen2Dir, qwen2_load_weights};
 use mruntime::{Arena, Backing, Model, OpenOptions, Pool, Prefault, Qwen2Config, Qwen2Weights, Verify};
 use mruntime_text::{ChatTemplate, SpecialTokenNames, TextError, Tokenizer, find_chat_template};
 
 use crate::Result;
+use crate::progress::spinner;
 
 /// Which model.
 #[derive(Args, Debug)]
@@ -72,17 +71,14 @@ impl ModelSource {
                 let quick = options.verify == Verify::Header
                     && options.backing == Backing::Map
                     && options.prefault != Prefault::AtOpen;
-                let spinner = (!quick).then(|| spinner(format!("reading {}", path.display())));
-                let model = Model::open(path, options, pool);
-                spinner.inspect(ProgressBar::finish_and_clear);
-                (path, Weights::File(model?))
+                let _spinner = (!quick).then(|| spinner(format!("reading {}", path.display())));
+                (path, Weights::File(Model::open(path, options, pool)?))
             }
             (None, Some(path)) => {
                 let dir = Qwen2Dir::open(path)?;
-                let spinner = spinner(format!("packing the weights of {}", path.display()));
-                let arena = qwen2_load_weights(&dir, pool);
-                spinner.finish_and_clear();
-                (path, Weights::Dir { dir, arena: arena? })
+                let _spinner = spinner(format!("packing the weights of {}", path.display()));
+                let arena = qwen2_load_weights(&dir, pool)?;
+                (path, Weights::Dir { dir, arena })
             }
             (None, None) => return Err("no model: give --model or --model-dir".into()),
         };
@@ -201,11 +197,4 @@ impl LoadedModel {
     fn error(&self, problem: impl std::fmt::Display) -> Box<dyn std::error::Error> {
         format!("{}: {problem}", self.path.display()).into()
     }
-}
-
-/// Shows on a terminal that something is going on.
-fn spinner(message: String) -> ProgressBar {
-    let spinner = ProgressBar::new_spinner().with_message(message);
-    spinner.enable_steady_tick(Duration::from_millis(100));
-    spinner
 }

@@ -4,8 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use mr_cli::NewFile;
+use mr_cli::{NewFile, progress_bar};
 use mrt_format::{
     CHUNK_BYTES, Counts, Digest, FilePlan, PackScratch, ReportEntry, Sha256, TensorSource, arena_digest,
     pack_arena_range, plan_file, qwen2_source_count, report_to_bytes, sha256,
@@ -145,7 +144,6 @@ fn write_arena(
             });
         },
     );
-    bar.finish_and_clear();
     error.into_result()?;
 
     let mut counts = vec![Counts::default(); source_count];
@@ -174,13 +172,5 @@ fn hash_file(target: &NewFile, bytes: u64, interrupted: &AtomicBool) -> Result<D
         hasher.update(part);
         bar.inc(part.len() as u64);
     }
-    bar.finish_and_clear();
     Ok(hasher.finish())
-}
-
-/// A progress bar on standard error; indicatif shows none where that is no terminal.
-fn progress_bar(what: &'static str, bytes: u64) -> ProgressBar {
-    let style = "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-    let style = ProgressStyle::with_template(style).expect("the template is valid");
-    ProgressBar::new(bytes).with_style(style).with_message(what)
 }

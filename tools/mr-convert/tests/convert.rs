@@ -31,6 +31,18 @@ const TINY: [&str; 12] = [
 ];
 
 #[test]
+fn a_terminal_sees_how_far_it_is() {
+    let dir = tempdir().unwrap();
+    let mut command = mr_convert();
+    command.arg(tiny("tied")).arg(dir.path().join("model.mrt")).env("TERM", "xterm");
+    let mut terminal = rexpect::session::spawn_command(command, Some(60_000)).unwrap();
+    for shown in ["packing ", "hashing ", "sha256: "] {
+        terminal.exp_string(shown).unwrap();
+    }
+    terminal.exp_eof().unwrap();
+}
+
+#[test]
 fn every_digest_of_every_tiny_model_is_right() {
     let dir = tempdir().unwrap();
     for name in TINY {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use mr_cli::FileError;
+use mr_cli::{FileError, progress_bar};
 use mrt_format::{CHUNK_BYTES, Prologue, Qwen2Config, TensorEntry};
 use serde_json::json;
 
@@ -66,6 +66,7 @@ pub fn diff(a: &MrtFile, b: &MrtFile) -> Result<Vec<Difference>, FileError> {
     for (name, u) in in_b.iter().filter(|(name, _)| !in_a.contains_key(*name)) {
         add("tensor", name, None, Some(shape(u)));
     }
+    let bar = progress_bar("comparing", a.prologue.layout().arena_bytes);
     for (name, t) in &in_a {
         if let Some(u) = in_b.get(name).filter(|u| (t.k, t.n) == (u.k, u.n)) {
             let differing = differing_values(a, b, t, u)?;
@@ -74,6 +75,7 @@ pub fn diff(a: &MrtFile, b: &MrtFile) -> Result<Vec<Difference>, FileError> {
                 differences.push(Difference { kind: "tensor", name: name.clone(), change });
             }
         }
+        bar.inc(t.span.bytes);
     }
     Ok(differences)
 }

@@ -5,8 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use indicatif::{ProgressBar, ProgressStyle};
-use mr_cli::{FileError, INTERRUPTED};
+use mr_cli::{FileError, INTERRUPTED, progress_bar};
 use mrt_format::{
     CHAT_TEMPLATE, CONVERSION_REPORT, GENERATION, TENSOR_TABLE, TOKEN_NAMES, TOKENIZER, qwen2_source_tensors,
     report_file_name, unpack_tensor,
@@ -113,8 +112,7 @@ fn write_weights(file: &MrtFile, path: &Path, interrupted: &AtomicBool) -> io::R
     // Data is aligned to 8 bytes.
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
 
-    let style = ProgressStyle::with_template("unpacking {wide_bar} {bytes} of {total_bytes}, {eta} left");
-    let bar = ProgressBar::new(end).with_style(style.expect("the template is valid"));
+    let bar = progress_bar("unpacking", end);
     let mut out = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
@@ -132,6 +130,5 @@ fn write_weights(file: &MrtFile, path: &Path, interrupted: &AtomicBool) -> io::R
         };
         unpack_tensor(cfg, layout, index, read, write)?;
     }
-    bar.finish_and_clear();
     out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
 }

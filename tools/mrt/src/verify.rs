@@ -2,8 +2,7 @@
 
 use std::io::Write;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use mr_cli::FileError;
+use mr_cli::{FileError, progress_bar};
 use mrt_format::FormatError;
 use mruntime::{Chunks, PerWorker, Pool};
 use serde_json::{Value, json};
@@ -44,10 +43,7 @@ pub fn on_all_pieces<T: Send + 'static>(
     pool: &mut Pool,
     work: impl Fn(Piece, &mut Vec<u8>) -> Result<T, FileError> + Sync,
 ) -> Result<Vec<T>, FileError> {
-    let style = ProgressStyle::with_template(
-        "checking {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
-    );
-    let bar = ProgressBar::new(file.prologue.file_bytes()).with_style(style.expect("the template is valid"));
+    let bar = progress_bar("checking", file.prologue.file_bytes());
     let mut buffers = vec![Vec::new(); pool.threads()];
     let mut results: Vec<Option<Result<T, FileError>>> = pieces.iter().map(|_| None).collect();
     pool.run_split(
@@ -57,7 +53,6 @@ pub fn on_all_pieces<T: Send + 'static>(
             bar.inc(pieces[i].range(&file.prologue).1);
         },
     );
-    bar.finish_and_clear();
     results.into_iter().map(|result| result.expect("every piece was worked on")).collect()
 }
 
