@@ -99,7 +99,11 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(not(unix)) {
         return Ok(());
     }
-    match File::open(folder) {
+    sync_opened(File::open(folder))
+}
+
+fn sync_opened(folder: io::Result<File>) -> io::Result<()> {
+    match folder {
         // Whoever may create files in a folder may not be allowed to read it.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         folder => folder?.sync_all(),
@@ -247,6 +251,12 @@ pub(crate) fn drop_cache(file: &File) {
 #[cfg(all(test, any(target_os = "linux", target_os = "android")))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_that_may_only_be_written_to_is_not_synced() {
+        assert!(sync_opened(Err(io::ErrorKind::PermissionDenied.into())).is_ok());
+        assert!(sync_opened(Err(io::ErrorKind::NotFound.into())).is_err());
+    }
 
     /// A folder with the files of logical cores: their siblings, and capacities where those are not 0.
     fn machine(cores: &[(&str, u64)]) -> tempfile::TempDir {

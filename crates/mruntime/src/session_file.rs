@@ -417,16 +417,4 @@ mod tests {
         with_session(100, |session, _| assert!(session.save(&path, &root()).is_err()));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
-
-    // Of root, who may read every folder, it asks nothing.
-    #[cfg(unix)]
-    #[test]
-    fn a_folder_that_may_only_be_written_to_takes_a_session() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let mode = |mode| std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
-        mode(0o300);
-        with_session(100, |session, _| session.save(dir.path().join("session"), &root()).unwrap());
-        mode(0o700);
-    }
 }

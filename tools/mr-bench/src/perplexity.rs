@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use mr_cli::{LoadedModel, ModelSource, Result};
 use mruntime::{Chunks, Limits, OpenOptions, Pool, Qwen2Config, create_qwen2_arenas};
 use mruntime_text::SpecialTokens;
@@ -138,7 +138,8 @@ pub fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
 /// On a terminal only, which indicatif sees to.
 pub fn progress_bar(tokens: u64) -> ProgressBar {
     let style = "{bar:30} {pos}/{len} tokens, {per_sec}, ETA {eta}, perplexity {msg}";
-    ProgressBar::new(tokens).with_style(ProgressStyle::with_template(style).expect("a valid template"))
+    let style = ProgressStyle::with_template(style).expect("the template is valid");
+    ProgressBar::new(tokens).with_style(style).with_finish(ProgressFinish::AndClear)
 }
 
 #[cfg(test)]
