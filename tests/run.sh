@@ -5,6 +5,10 @@ cd "$(dirname "$0")/.."
 
 models/get_qwen2_5_tokenizer.py >&2
 models/get_smollm2.py >&2
+# The fuzz targets are a workspace of their own, which names what the crates depend on a second time.
+for manifest in Cargo.toml tests/fuzz/Cargo.toml; do
+    cargo metadata --quiet --locked --format-version 1 --manifest-path "$manifest" >/dev/null
+done
 cargo test --workspace "$@"
 # With the examples, whose dependencies are those of the tests: else features differ, and much is built a second time.
 cargo build --quiet --workspace --bins --examples
