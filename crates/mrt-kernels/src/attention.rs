@@ -312,7 +312,7 @@ mod tests {
         for sizes in sizes() {
             let case = Case::new(sizes);
             let want = case.naive();
-            for isa in Isa::supported() {
+            for isa in Isa::variants() {
                 let got = case.run(sizes.tokens, |group, out, scratch| attention(isa, group, out, scratch));
                 assert!(got == want, "{}: {}", isa.name(), name(sizes));
             }
@@ -321,7 +321,7 @@ mod tests {
 
     /// Lanes that have attention of their own.
     fn lanes() -> impl Iterator<Item = FastLane> {
-        Isa::supported().filter_map(FastLane::detect).filter(|lane| lane.attends())
+        Isa::variants().filter_map(FastLane::detect).filter(|lane| lane.attends())
     }
 
     #[test]

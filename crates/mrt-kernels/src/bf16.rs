@@ -12,12 +12,15 @@ use std::hint::black_box;
 use half::{bf16, f16};
 
 use crate::attention::{self, AttentionProducts, KvGroup};
-use crate::avx512::Lanes16;
+use crate::avx512;
 use crate::fast::{FastLhs, fast_stride};
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL};
 use crate::product::{self, Epilogue, K_BLOCK, PanelSums, Rhs, Sums, start_from_bias};
 use crate::window::Window;
+
+/// The processors that this lane is for are not Intel's.
+type Lanes16 = avx512::Lanes16<false>;
 
 /// Fewer rows are bound by memory: exact products are as fast.
 pub(crate) const LEAST_ROWS: usize = 8;

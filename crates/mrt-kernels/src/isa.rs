@@ -2,6 +2,8 @@
 
 #[cfg(target_arch = "aarch64")]
 use std::arch::is_aarch64_feature_detected;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::__cpuid;
 
 /// An instruction set that this machine has.
 ///
@@ -11,13 +13,18 @@ use std::arch::is_aarch64_feature_detected;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isa(pub(crate) Kind);
 
+/// An instruction set, and the processors that its tiles and streams are made for: Intel's, or AMD's and all others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
+    Avx2Intel,
+    #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Intel,
     #[cfg(target_arch = "aarch64")]
     Neon,
     #[cfg(target_arch = "aarch64")]
@@ -35,12 +42,21 @@ impl Isa {
 
     /// Every instruction set that this machine has, slowest first.
     pub fn supported() -> impl Iterator<Item = Isa> {
+        Isa::variants().filter(|isa| isa.0.is_of_this_maker())
+    }
+
+    /// The same, each as it is made for every processor.
+    pub(crate) fn variants() -> impl Iterator<Item = Isa> {
         const ALL: &[Kind] = &[
             Kind::Portable,
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2,
             #[cfg(target_arch = "x86_64")]
+            Kind::Avx2Intel,
+            #[cfg(target_arch = "x86_64")]
             Kind::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Intel,
             #[cfg(target_arch = "aarch64")]
             Kind::Neon,
             #[cfg(target_arch = "aarch64")]
@@ -59,9 +75,9 @@ impl Isa {
         match self.0 {
             Kind::Portable => "portable",
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => "avx2",
+            Kind::Avx2 | Kind::Avx2Intel => "avx2",
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => "avx512",
+            Kind::Avx512 | Kind::Avx512Intel => "avx512",
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => "neon",
             #[cfg(target_arch = "aarch64")]
@@ -75,19 +91,38 @@ impl Kind {
         match self {
             Kind::Portable => true,
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => {
+            Kind::Avx2 | Kind::Avx2Intel => {
                 is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => is_x86_feature_detected!("avx512f") && Kind::Avx2.is_detected(),
+            Kind::Avx512 | Kind::Avx512Intel => {
+                is_x86_feature_detected!("avx512f") && Kind::Avx2.is_detected()
+            }
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => is_aarch64_feature_detected!("neon"),
             #[cfg(target_arch = "aarch64")]
             Kind::NeonFhm => is_aarch64_feature_detected!("fhm") && Kind::Neon.is_detected(),
         }
     }
+
+    fn is_of_this_maker(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 | Kind::Avx512 => !is_intel(),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2Intel | Kind::Avx512Intel => is_intel(),
+            _ => true,
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_intel() -> bool {
+    let maker = __cpuid(0);
+    let name = [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes);
+    name.as_flattened() == b"GenuineIntel"
 }
 
 /// Calls `$function::<L>($arg, ...)`, an `#[inline(always)] unsafe fn` generic over [`crate::lanes::Lanes`], with
@@ -108,20 +143,40 @@ macro_rules! dispatch {
                 #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn on_avx2($($arg: $ty),*) $(-> $ret)? {
                     // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::avx2::Lanes16>($($arg),*) }
+                    unsafe { $function::<$crate::avx2::Lanes16<false>>($($arg),*) }
                 }
                 // SAFETY: an `Isa` proves that its features were detected.
                 unsafe { on_avx2($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Kind::Avx2Intel => {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                unsafe fn on_avx2_intel($($arg: $ty),*) $(-> $ret)? {
+                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
+                    unsafe { $function::<$crate::avx2::Lanes16<true>>($($arg),*) }
+                }
+                // SAFETY: an `Isa` proves that its features were detected.
+                unsafe { on_avx2_intel($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx512 => {
                 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
                 unsafe fn on_avx512($($arg: $ty),*) $(-> $ret)? {
                     // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::avx512::Lanes16>($($arg),*) }
+                    unsafe { $function::<$crate::avx512::Lanes16<false>>($($arg),*) }
                 }
                 // SAFETY: an `Isa` proves that its features were detected.
                 unsafe { on_avx512($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            $crate::isa::Kind::Avx512Intel => {
+                #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+                unsafe fn on_avx512_intel($($arg: $ty),*) $(-> $ret)? {
+                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
+                    unsafe { $function::<$crate::avx512::Lanes16<true>>($($arg),*) }
+                }
+                // SAFETY: an `Isa` proves that its features were detected.
+                unsafe { on_avx512_intel($($arg),*) }
             }
             #[cfg(target_arch = "aarch64")]
             $crate::isa::Kind::Neon => {

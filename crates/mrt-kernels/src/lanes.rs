@@ -19,20 +19,27 @@ pub(crate) const F16_MAX: f32 = 65504.0;
 pub(crate) trait Lanes: Copy {
     /// The instruction set.
     const KIND: Kind;
-    /// Rows of the GEMM register tile, which is 16 columns wide.
+    /// Rows of the GEMM register tile.
     const TILE_ROWS: usize;
+    /// Whether the tile takes all 32 columns of a panel. If not, it takes 16.
+    const WIDE_TILES: bool = false;
     /// Rows up to which the registers hold the sums of all 32 columns of a panel.
     const DIRECT_ROWS: usize;
-    /// Whether a block of a panel is widened to f32 once for several tiles. If not, each tile converts FP16 for itself.
-    const WIDEN_BLOCKS: bool;
+    /// Rows from which a block of a panel is widened to f32 once for all tiles. With fewer, each tile converts FP16 for itself.
+    const WIDENED_ROWS: usize;
     /// Inputs (k) that [`Lanes::tile_steps`] takes at a time.
     const K_STEP: usize = 1;
     /// How many rows ahead a panel is fetched that is read in one pass. With AVX-512 on Zen 4 one thread decodes a tenth slower
     /// with 16, 5 % slower with 96.
     const PREFETCH_ROWS: usize = 64;
-    /// Whether products of a few rows read several panels at a time (`streams`). With AVX2 on Zen 3 that is faster; with AVX-512
-    /// on Zen 4 one thread then decodes a tenth slower.
-    const STREAMS: bool = false;
+    /// Rows up to which a product reads several panels at a time (`streams`), and the inputs of a panel that it multiplies before
+    /// those of the next one. With AVX2 on Zen 3, and on Intel processors, that is faster; with AVX-512 on Zen 4 one thread then
+    /// decodes a tenth slower.
+    const STREAMED_ROWS: usize = 0;
+    /// See [`STREAMED_ROWS`](Lanes::STREAMED_ROWS).
+    fn stream_block(_rows: usize) -> usize {
+        unreachable!("products of this instruction set read one panel at a time")
+    }
 
     /// All lanes `x`.
     /// # Safety
@@ -102,7 +109,7 @@ pub(crate) trait Lanes: Copy {
 
     /// [`tile_step`](Lanes::tile_step) for `K_STEP` inputs, one after the other.
     /// # Safety
-    /// As `tile_step`, for `K_STEP` consecutive elements of each row of `x` and as many rows of `b`, `E::STRIDE` apart.
+    /// As `tile_step`, for `K_STEP` consecutive elements of each row of `x` and as many rows of `b`, `E::stride::<G>()` apart.
     #[inline(always)]
     unsafe fn tile_steps<E: Element, const R: usize, const G: usize>(
         acc: &mut [[Self; G]; R],
@@ -112,7 +119,7 @@ pub(crate) trait Lanes: Copy {
     ) {
         for i in 0..Self::K_STEP {
             // SAFETY: the contract above; i < K_STEP.
-            unsafe { Self::tile_step(acc, x.add(i), x_stride, b.add(i * E::STRIDE)) };
+            unsafe { Self::tile_step(acc, x.add(i), x_stride, b.add(i * E::stride::<G>())) };
         }
     }
 
@@ -165,8 +172,8 @@ pub(crate) unsafe fn fma_rows<L: Lanes, E: Element, const R: usize, const G: usi
 
 /// An element type of the right-hand side of a product: FP16 panels, or panels widened to f32.
 pub(crate) trait Element: Copy {
-    /// Elements from one row of a right-hand side to the next.
-    const STRIDE: usize;
+    /// Elements from one row of a right-hand side of `16 * G` columns to the next.
+    fn stride<const G: usize>() -> usize;
     /// 16 elements as f32.
     /// # Safety
     /// As `Lanes::load`.
@@ -174,9 +181,11 @@ pub(crate) trait Element: Copy {
 }
 
 impl Element for f32 {
-    /// The halves of a panel are widened into blocks of their own.
-    const STRIDE: usize = LANES;
-
+    /// What is widened lies by itself.
+    #[inline(always)]
+    fn stride<const G: usize>() -> usize {
+        G * LANES
+    }
     #[inline(always)]
     unsafe fn lanes<L: Lanes>(p: *const f32) -> L {
         // SAFETY: the same contract.
@@ -185,8 +194,10 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
-    const STRIDE: usize = PANEL;
-
+    #[inline(always)]
+    fn stride<const G: usize>() -> usize {
+        PANEL
+    }
     #[inline(always)]
     unsafe fn lanes<L: Lanes>(p: *const f16) -> L {
         // SAFETY: the same contract.
@@ -215,7 +226,7 @@ mod tests {
 
     #[test]
     fn every_fp16_number_widens_exactly() {
-        for isa in Isa::supported() {
+        for isa in Isa::variants() {
             for start in (0..=u16::MAX).step_by(16) {
                 let h: &[f16; 16] = &std::array::from_fn(|i| f16::from_bits(start + i as u16));
                 let got: [f32; 16] = dispatch!(isa, widen_16(h: &[f16; 16]) -> [f32; 16]);
@@ -247,7 +258,7 @@ mod tests {
     #[test]
     fn the_larger_and_the_smaller_are_the_same_everywhere() {
         let numbers = [0.0, -0.0, 1.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 2.0];
-        for isa in Isa::supported() {
+        for isa in Isa::variants() {
             for x in numbers {
                 let (a, b) = (&[x; 16], &std::array::from_fn(|i| numbers[i % numbers.len()]));
                 let [larger, smaller] =
@@ -264,7 +275,7 @@ mod tests {
 
     #[test]
     fn narrowing_rounds_to_nearest_even_and_saturates() {
-        for isa in Isa::supported() {
+        for isa in Isa::variants() {
             // Each FP16 number, the midpoint above it, and the numbers on both sides of the midpoint.
             for bits in 0..0x7c00 {
                 let low = f16::from_bits(bits).to_f32_const();

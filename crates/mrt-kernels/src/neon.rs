@@ -45,7 +45,7 @@ impl<const FHM: bool> Lanes for Lanes16<FHM> {
     const TILE_ROWS: usize = 6;
     const DIRECT_ROWS: usize = 3;
     /// FCVTL in the tile's loop would cost it 40 % of its speed.
-    const WIDEN_BLOCKS: bool = true;
+    const WIDENED_ROWS: usize = Self::TILE_ROWS + 1;
     const K_STEP: usize = 4;
 
     #[inline(always)]
@@ -148,9 +148,9 @@ impl<const FHM: bool> Lanes for Lanes16<FHM> {
                 *four = vld1q_f32(x.add(r * x_stride));
             }
             fma_lane::<E, R, G, FHM, 0>(acc, &four, b);
-            fma_lane::<E, R, G, FHM, 1>(acc, &four, b.add(E::STRIDE));
-            fma_lane::<E, R, G, FHM, 2>(acc, &four, b.add(2 * E::STRIDE));
-            fma_lane::<E, R, G, FHM, 3>(acc, &four, b.add(3 * E::STRIDE));
+            fma_lane::<E, R, G, FHM, 1>(acc, &four, b.add(E::stride::<G>()));
+            fma_lane::<E, R, G, FHM, 2>(acc, &four, b.add(2 * E::stride::<G>()));
+            fma_lane::<E, R, G, FHM, 3>(acc, &four, b.add(3 * E::stride::<G>()));
         }
     }
 }

@@ -19,7 +19,7 @@ impl Lanes for Lanes16 {
     const KIND: Kind = Kind::Portable;
     const TILE_ROWS: usize = 4;
     const DIRECT_ROWS: usize = 2;
-    const WIDEN_BLOCKS: bool = true;
+    const WIDENED_ROWS: usize = Self::TILE_ROWS + 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

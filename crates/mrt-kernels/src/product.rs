@@ -14,7 +14,7 @@ use crate::isa::{Isa, dispatch};
 use crate::lanes::{Element, Lanes};
 use crate::panel::{LANES, PANEL, panel_count, panel_len};
 use crate::rows::swiglu;
-use crate::streams::{STREAMED_ROWS, streamed_product};
+use crate::streams::streamed_product;
 use crate::window::{Window, span};
 
 /// Rows of a panel that all rows of the left-hand side pass over before the next ones: 64 KiB of FP16, or of half the
@@ -152,7 +152,7 @@ unsafe fn exact<L: Lanes>(
 ) {
     // SAFETY: the same contract.
     unsafe {
-        if L::STREAMS && lhs.rows <= STREAMED_ROWS {
+        if lhs.rows <= L::STREAMED_ROWS {
             streamed_product::<L>(lhs, rhs, epilogue, y, scratch);
         } else if lhs.rows <= GEMV_ROWS {
             gemv::<L>(lhs, rhs, epilogue, y);
@@ -389,7 +389,7 @@ impl Ahead {
 ///
 /// # Safety
 /// The machine has `L`'s instruction set; `x` has `rows` rows of `k` elements, `panel` has `k` rows, `sums` has `rows` rows
-/// of 32; `wide` holds the smaller of `k` and `K_BLOCK` rows of 16.
+/// of 32; `wide` holds the smaller of `k` and `K_BLOCK` rows of 32.
 #[inline(always)]
 pub(crate) unsafe fn add_products<L: Lanes>(
     rows: usize,
@@ -438,15 +438,13 @@ unsafe fn add_blocks<L: Lanes>(
                 ahead = ahead.part(1, 2);
             }
             let (rows, x, sums) = (rows - direct, x.skip_rows(direct), sums.skip_rows(direct));
+            if L::WIDE_TILES {
+                add_columns::<L, 2>(rows, x, block, panel, wide, ahead, sums);
+                continue;
+            }
             for (half, ahead) in ahead.halves().into_iter().enumerate() {
                 let (panel, sums) = (panel.add(half * LANES), sums.skip_columns(half * LANES));
-                if L::WIDEN_BLOCKS && rows > L::TILE_ROWS {
-                    let wide = wide.as_mut_ptr();
-                    widen_half::<L>(panel, block, wide);
-                    tiles::<L, f32>(rows, x, block, wide, ahead, sums);
-                } else {
-                    tiles::<L, f16>(rows, x, block, panel, ahead, sums);
-                }
+                add_columns::<L, 1>(rows, x, block, panel, wide, ahead, sums);
             }
         }
     }
@@ -460,19 +458,36 @@ fn direct_rows<L: Lanes>(rows: usize) -> usize {
         return rows;
     }
     let lowest = rows / rows.div_ceil(L::TILE_ROWS);
-    if !L::WIDEN_BLOCKS && lowest < BUSY_ROWS { L::DIRECT_ROWS } else { 0 }
+    if rows < L::WIDENED_ROWS && lowest < BUSY_ROWS { L::DIRECT_ROWS } else { 0 }
 }
 
-/// Widens half of the columns of `block` rows of a panel.
+/// Adds the products of all rows of `x` with `16 * G` columns of one block, of which each tile converts FP16, or is read widened.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `half` has `block` rows of 16 columns, `PANEL` apart; `wide` has room for
-/// `block * LANES` elements.
+/// As [`tile`], for all rows; `wide` has room for `16 * G` numbers for each input.
 #[inline(always)]
-unsafe fn widen_half<L: Lanes>(half: *const f16, block: usize, wide: *mut f32) {
-    for i in 0..block {
-        // SAFETY: the contract above; i < block.
-        unsafe { L::widen(half.add(i * PANEL)).store(wide.add(i * LANES)) };
+unsafe fn add_columns<L: Lanes, const G: usize>(
+    rows: usize,
+    x: Left,
+    k: usize,
+    columns: *const f16,
+    wide: &mut [f32],
+    ahead: Ahead,
+    sums: Sums,
+) {
+    // SAFETY: the contract above; i < k, g < G.
+    unsafe {
+        if rows < L::WIDENED_ROWS {
+            tiles::<L, f16, G>(rows, x, k, columns, ahead, sums);
+            return;
+        }
+        let wide = wide.as_mut_ptr();
+        for i in 0..k {
+            for g in 0..G {
+                L::widen(columns.add(i * PANEL + g * LANES)).store(wide.add((i * G + g) * LANES));
+            }
+        }
+        tiles::<L, f32, G>(rows, x, k, wide, ahead, sums);
     }
 }
 
@@ -481,14 +496,21 @@ unsafe fn widen_half<L: Lanes>(half: *const f16, block: usize, wide: *mut f32) {
 /// # Safety
 /// As `tile`, for all rows.
 #[inline(always)]
-unsafe fn tiles<L: Lanes, E: Element>(rows: usize, x: Left, k: usize, b: *const E, ahead: Ahead, sums: Sums) {
+unsafe fn tiles<L: Lanes, E: Element, const G: usize>(
+    rows: usize,
+    x: Left,
+    k: usize,
+    b: *const E,
+    ahead: Ahead,
+    sums: Sums,
+) {
     let count = rows.div_ceil(L::TILE_ROWS);
     for t in 0..count {
         let (first, end) = (t * rows / count, (t + 1) * rows / count);
         // SAFETY: first .. end are rows of `x` and of the sums.
         unsafe {
             let (x, sums) = (x.skip_rows(first), sums.skip_rows(first));
-            tile_rows::<L, E, 1>(end - first, x, k, b, ahead.part(t, count), sums);
+            tile_rows::<L, E, G>(end - first, x, k, b, ahead.part(t, count), sums);
         }
     }
 }
@@ -525,7 +547,7 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
 ///
 /// # Safety
 /// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `b` has `k` rows of `16 * G` elements,
-/// `E::STRIDE` apart; `sums` has `R` rows of `16 * G` elements.
+/// `E::stride::<G>()` apart; `sums` has `R` rows of `16 * G` elements.
 #[inline(always)]
 unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
     x: Left,
@@ -554,10 +576,10 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
                 wait = ahead.parts;
             }
             wait -= 1;
-            L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * E::STRIDE));
+            L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * E::stride::<G>()));
         }
         for i in whole..k {
-            L::tile_step(&mut acc, x.add(i), x_stride, b.add(i * E::STRIDE));
+            L::tile_step(&mut acc, x.add(i), x_stride, b.add(i * E::stride::<G>()));
         }
         sums.store(&acc);
     }
@@ -612,7 +634,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_equals_the_naive_chain() {
-        for isa in Isa::supported() {
+        for isa in Isa::variants() {
             for rows in [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 25] {
                 for (k, n) in [(1, 1), (5, 33), (64, 64), (257, 40), (600, 100), (39, 224), (70, 300)] {
                     let (x, panels, want) = case(rows, k, n);
@@ -650,7 +672,7 @@ mod tests {
             // gate 0..32, up 32..64, gate 64..96, up 96..128, ...
             let width = 2 * PANEL * panel_count(n);
             let (x, panels, sums) = case(rows, k, width);
-            for isa in Isa::supported() {
+            for isa in Isa::variants() {
                 let got = run(isa, &x, &panels, rows, k, n, Epilogue::SwiGlu);
                 let portable = run(Isa::PORTABLE, &x, &panels, rows, k, n, Epilogue::SwiGlu);
                 assert!(got == portable, "{} rows {rows} k {k} n {n}", isa.name());
@@ -671,7 +693,7 @@ mod tests {
         let (rows, k, n) = (10, 100, 96);
         let (x, panels, want) = case(rows, k, n);
         let mut scratch = vec![0.0; product_scratch_len(rows)];
-        for isa in Isa::supported() {
+        for isa in Isa::variants() {
             for first_row in 0..rows {
                 let mut y = vec![0.0; (rows - first_row) * n];
                 let lhs = Lhs { x: &x[first_row * k..], rows: rows - first_row, stride: k, k };

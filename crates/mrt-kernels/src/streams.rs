@@ -15,16 +15,6 @@ use crate::window::Window;
 /// Runs of panels. With two, GEMV has a tenth less of the bandwidth on Zen 3, with three some percent.
 const STREAMS: usize = 4;
 
-/// Inputs of a panel that are multiplied before those of the next run, and how many inputs ahead they are fetched: twice a
-/// block of each run is in the L1 cache. On Zen 3 one row is 1 to 2 % slower with 24 than with 16, 3 to 5 % with two threads; two
-/// and three rows are 2 to 8 % slower with 16 than with 24.
-const fn block_len(rows: usize) -> usize {
-    if rows == 1 { 16 } else { 24 }
-}
-
-/// Rows up to which a product may read four panels at a time.
-pub(crate) const STREAMED_ROWS: usize = 4;
-
 /// Rows up to which products read four panels at a time on that instruction set; 0 if they never do. Parts of fewer panels
 /// are slower then.
 pub fn streamed_rows(isa: Isa) -> usize {
@@ -33,10 +23,10 @@ pub fn streamed_rows(isa: Isa) -> usize {
 
 /// [`streamed_rows`]; it demands nothing.
 unsafe fn rows<L: Lanes>() -> usize {
-    if L::STREAMS { STREAMED_ROWS } else { 0 }
+    L::STREAMED_ROWS
 }
 
-/// [`panel_product`](crate::panel_product) for at most [`STREAMED_ROWS`] rows.
+/// [`panel_product`](crate::panel_product) for at most [`Lanes::STREAMED_ROWS`] rows.
 ///
 /// # Safety
 /// Its assertions hold, and the machine has `L`'s instruction set.
@@ -84,7 +74,7 @@ pub(crate) unsafe fn streamed_product<L: Lanes>(
 /// All sums of `S` panels, which are `apart` elements apart: `sums[s][r][0..32]`.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `lhs` is as long as it says and has at most [`STREAMED_ROWS`] rows; the panels are
+/// The machine has `L`'s instruction set; `lhs` is as long as it says and has at most [`Lanes::STREAMED_ROWS`] rows; the panels are
 /// there, with `lhs.k` inputs; `sums` has `S * lhs.rows` rows of 32.
 #[inline(always)]
 unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apart: usize, sums: &mut [f32]) {
@@ -95,7 +85,7 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
             start_from_bias::<L>(&panels[s * apart..], sums);
         }
         // A multiple of S, so that no line of the next blocks is left out.
-        let block_len = block_len(lhs.rows) / S * S;
+        let block_len = L::stream_block(lhs.rows) / S * S;
         for start in (0..lhs.k).step_by(block_len) {
             let block = block_len.min(lhs.k - start);
             let x = Left { x: lhs.x.as_ptr().add(start), stride: lhs.stride };
@@ -105,17 +95,23 @@ unsafe fn panel_sums<L: Lanes, const S: usize>(lhs: Lhs<'_>, panels: &[f16], apa
                 let next = panel.wrapping_add((block_len + s * (block_len / S)) * PANEL);
                 let panel = panel.add(s * apart);
                 let sums = Sums::of(&mut sums[s * tile_len..], PANEL);
-                match lhs.rows {
-                    1 => add_block::<L, 1, 2, S>(x, block, panel, next, apart, sums),
-                    2 => add_block::<L, 2, 2, S>(x, block, panel, next, apart, sums),
-                    3 => add_block::<L, 3, 2, S>(x, block, panel, next, apart, sums),
-                    _ => {
-                        // The registers hold half of the sums: first the low columns, then, of lines in L1, the high ones.
-                        add_block::<L, 4, 1, S>(x, block, panel, next, apart, sums);
-                        let (panel, sums) = (panel.add(LANES), sums.skip_columns(LANES));
-                        add_block::<L, 4, 1, 0>(x, block, panel, next, apart, sums);
-                    }
+                macro_rules! heights {
+                    ($($r:literal)+) => {
+                        match lhs.rows {
+                            $($r if $r <= L::DIRECT_ROWS.min(L::STREAMED_ROWS) => {
+                                add_block::<L, $r, 2, S>(x, block, panel, next, apart, sums);
+                            })+
+                            $($r if $r <= L::STREAMED_ROWS => {
+                                // The registers hold half of the sums: first the low columns, then, of lines in L1, the high ones.
+                                add_block::<L, $r, 1, S>(x, block, panel, next, apart, sums);
+                                let (panel, sums) = (panel.add(LANES), sums.skip_columns(LANES));
+                                add_block::<L, $r, 1, 0>(x, block, panel, next, apart, sums);
+                            })+
+                            rows => unreachable!("{rows} streamed rows"),
+                        }
+                    };
                 }
+                heights!(1 2 3 4 5 6 7 8);
             }
         }
     }
