@@ -27,6 +27,9 @@ pub(crate) trait Lanes: Copy {
     const DIRECT_ROWS: usize;
     /// Rows from which a block of a panel is widened to f32 once for all tiles. With fewer, each tile converts FP16 for itself.
     const WIDENED_ROWS: usize;
+    /// Rows that pass over the panels together where a product has more: 1024 inputs of 64 rows are 256 KiB, half of a small L2
+    /// cache, and stay there.
+    const PASS_ROWS: usize = 64;
     /// Inputs (k) that [`Lanes::tile_steps`] takes at a time.
     const K_STEP: usize = 1;
     /// How many rows ahead a panel is fetched that is read in one pass. With AVX-512 on Zen 4 one thread decodes a tenth slower

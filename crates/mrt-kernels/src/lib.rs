@@ -44,7 +44,7 @@ pub use half::f16;
 pub use isa::Isa;
 pub use panel::{PANEL, gather_column, panel_count, panel_len, store_k_lane, store_v_row};
 pub use peak::{fast_peak, fma_peak, read_peak, read_peak_in_turn};
-pub use product::{Epilogue, Lhs, Rhs, panel_product, product_scratch_len};
+pub use product::{Epilogue, Lhs, Rhs, panel_product, pass_rows, product_scratch_len};
 pub use rows::{rms_norm, rope, scale, softmax};
 pub use streams::streamed_rows;
 pub use window::Window;

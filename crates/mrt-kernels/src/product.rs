@@ -90,6 +90,16 @@ impl Epilogue {
     }
 }
 
+/// Rows that are best passed over the panels together on that instruction set, if a product has more.
+pub fn pass_rows(isa: Isa) -> usize {
+    dispatch!(isa, pass_rows_of() -> usize)
+}
+
+/// [`pass_rows`]; it demands nothing.
+unsafe fn pass_rows_of<L: Lanes>() -> usize {
+    L::PASS_ROWS
+}
+
 /// Elements of scratch that [`panel_product`] needs for that many rows.
 pub const fn product_scratch_len(rows: usize) -> usize {
     rows.saturating_mul(2 * PANEL).saturating_add(K_BLOCK * PANEL)

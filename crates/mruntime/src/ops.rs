@@ -20,10 +20,6 @@ const MAX_PART_PANELS: usize = 32;
 /// Panels that a part of up to [`mrt_kernels::streamed_rows`] rows has at least, where each thread has as many: four runs of some length.
 const STREAMED_PANELS: usize = 6;
 
-/// The most rows of a part of an exact product: 1024 inputs of them are 256 KiB, half of a small L2 cache, and stay there
-/// while all panels pass.
-const MAX_PART_ROWS: usize = 64;
-
 /// Rows of attention scores (query heads of a KV group times tokens) that share one pass over keys and values.
 const ATTENTION_ROWS: usize = 48;
 
@@ -81,7 +77,7 @@ pub(crate) fn linear(
     let rows = match lane {
         // It makes pairs of a panel's weights, once for all rows.
         Some(_) => lhs.rows,
-        None => lhs.rows.div_ceil(lhs.rows.div_ceil(MAX_PART_ROWS)),
+        None => lhs.rows.div_ceil(lhs.rows.div_ceil(mrt_kernels::pass_rows(products.isa))),
     };
     let least = if lhs.rows <= mrt_kernels::streamed_rows(products.isa) { STREAMED_PANELS } else { 1 };
     let panels_of_part = panels_of_part(panel_count(out.columns()), least, rows, pool.threads());
