@@ -16,8 +16,8 @@ use crate::product::{K_BLOCK, Left, Rhs, Sums, add_products};
 use crate::rows::softmax_lanes;
 use crate::window::{Window, span};
 
-/// Inputs of a panel that all rows go through before the next ones: 16 KiB of 16-bit numbers, or of half the columns widened,
-/// which stay in the L1 cache.
+/// Inputs of a panel that all rows go through before the next ones: 16 KiB of 16-bit numbers or of half the columns widened, 32
+/// KiB of all, which stay in the L1 cache.
 pub(crate) const BLOCK: usize = 256;
 
 /// What attention reads: the queries of one KV group, and the keys and values of its KV head.
@@ -126,8 +126,10 @@ impl<L: Lanes> AttentionProducts for Exact<L> {
 
     #[inline(always)]
     unsafe fn add(rows: usize, x: Left, k: usize, panel: *const f16, wide: &mut [f32], sums: Sums) {
+        const { assert!(BLOCK * PANEL <= K_BLOCK * LANES) };
         for start in (0..k).step_by(BLOCK) {
-            // SAFETY: the contract of `add_products`; rows start .. of the panel are inside it, and columns start .. of `x`.
+            // SAFETY: the contract of `add_products`; rows start .. of the panel are inside it, and columns start .. of `x`;
+            // `wide` holds `BLOCK` rows of 32, by the assertion.
             unsafe {
                 let x = Left { x: x.x.add(start), ..x };
                 let (block, panel) = (BLOCK.min(k - start), panel.add(start * PANEL));
@@ -217,7 +219,7 @@ mod tests {
             (1, 7, 64, 300),
             (1, 12, 40, 257),
             (2, 7, 64, 511),
-            (6, 7, 64, 250),
+            (7, 7, 64, 250),
             (5, 3, 33, 30),
             (40, 1, 320, 1),
         ];

@@ -19,7 +19,7 @@ use crate::panel::{LANES, PANEL};
 use crate::product::{self, Epilogue, K_BLOCK, PanelSums, Rhs, Sums, start_from_bias};
 use crate::window::Window;
 
-/// The processors that this lane is for are not Intel's.
+/// As on the processors that this lane is for.
 type Lanes16 = avx512::Lanes16<false>;
 
 /// Fewer rows are bound by memory: exact products are as fast.

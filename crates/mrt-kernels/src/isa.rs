@@ -13,7 +13,8 @@ use std::arch::x86_64::__cpuid;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isa(pub(crate) Kind);
 
-/// An instruction set, and the processors that its tiles and streams are made for: Intel's, or AMD's and all others.
+/// An instruction set, and the processors that its tiles and streams are made for: Intel's, or AMD's and all others. Both give the
+/// same bits everywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Portable,
@@ -45,7 +46,7 @@ impl Isa {
         Isa::variants().filter(|isa| isa.0.is_of_this_maker())
     }
 
-    /// The same, each as it is made for every processor.
+    /// The same, also as they are made for other processors. Tests go through all.
     pub(crate) fn variants() -> impl Iterator<Item = Isa> {
         const ALL: &[Kind] = &[
             Kind::Portable,
@@ -107,6 +108,7 @@ impl Kind {
         }
     }
 
+    /// Whether it is the variant for this machine's processor.
     fn is_of_this_maker(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -203,8 +205,20 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-#[cfg(all(test, target_arch = "aarch64", target_os = "linux"))]
+#[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn one_variant_of_each_instruction_set_is_for_this_processor() {
+        let mut names: Vec<_> = Isa::variants().map(Isa::name).collect();
+        names.dedup();
+        assert_eq!(Isa::supported().map(Isa::name).collect::<Vec<_>>(), names);
+    }
+}
+
+#[cfg(all(test, target_arch = "aarch64", target_os = "linux"))]
+mod aarch64_tests {
     use super::*;
 
     /// The kernel's word for what the processor can do: entry AT_HWCAP of the auxiliary vector.

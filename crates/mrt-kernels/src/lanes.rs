@@ -35,11 +35,11 @@ pub(crate) trait Lanes: Copy {
     /// How many rows ahead a panel is fetched that is read in one pass. With AVX-512 on Zen 4 one thread decodes a tenth slower
     /// with 16, 5 % slower with 96.
     const PREFETCH_ROWS: usize = 64;
-    /// Rows up to which a product reads several panels at a time (`streams`), and the inputs of a panel that it multiplies before
-    /// those of the next one. With AVX2 on Zen 3, and on Intel processors, that is faster; with AVX-512 on Zen 4 one thread then
-    /// decodes a tenth slower.
+    /// Rows up to which a product reads several panels at a time (`streams`). With AVX2 on Zen 3, and on Emerald Rapids, that is
+    /// faster; with AVX-512 on Zen 4 one thread then decodes a tenth slower.
     const STREAMED_ROWS: usize = 0;
-    /// See [`STREAMED_ROWS`](Lanes::STREAMED_ROWS).
+
+    /// Inputs of a panel that so many rows multiply before those of the next panel, and how many inputs ahead they are fetched.
     fn stream_block(_rows: usize) -> usize {
         unreachable!("products of this instruction set read one panel at a time")
     }
