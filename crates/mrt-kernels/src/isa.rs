@@ -4,6 +4,8 @@
 use std::arch::is_aarch64_feature_detected;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::__cpuid;
+#[cfg(target_arch = "x86_64")]
+use std::sync::LazyLock;
 
 /// An instruction set that this machine has.
 ///
@@ -112,20 +114,21 @@ impl Kind {
     fn is_of_this_maker(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 | Kind::Avx512 => !is_intel(),
+            Kind::Avx2 | Kind::Avx512 => !*IS_INTEL,
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2Intel | Kind::Avx512Intel => is_intel(),
+            Kind::Avx2Intel | Kind::Avx512Intel => *IS_INTEL,
             _ => true,
         }
     }
 }
 
+/// Asked once: where the processor is virtual, each CPUID takes microseconds.
 #[cfg(target_arch = "x86_64")]
-fn is_intel() -> bool {
+static IS_INTEL: LazyLock<bool> = LazyLock::new(|| {
     let maker = __cpuid(0);
     let name = [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes);
     name.as_flattened() == b"GenuineIntel"
-}
+});
 
 /// Calls `$function::<L>($arg, ...)`, an `#[inline(always)] unsafe fn` generic over [`crate::lanes::Lanes`], with
 /// the vector type of `$isa`, from a function that is compiled for that instruction set.
