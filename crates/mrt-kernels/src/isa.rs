@@ -133,80 +133,60 @@ static IS_INTEL: LazyLock<bool> = LazyLock::new(|| {
 /// Calls `$function::<L>($arg, ...)`, an `#[inline(always)] unsafe fn` generic over [`crate::lanes::Lanes`], with
 /// the vector type of `$isa`, from a function that is compiled for that instruction set.
 macro_rules! dispatch {
-    ($isa:expr, $function:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
+    ($isa:expr, $function:ident $signature:tt $(-> $ret:ty)?) => {
         match $isa.0 {
             $crate::isa::Kind::Portable => {
-                unsafe fn on_portable($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: plain Rust runs everywhere; the rest is the caller's promise.
-                    unsafe { $function::<$crate::portable::Lanes16>($($arg),*) }
-                }
-                // SAFETY: the function's own demands are met by the caller of `dispatch!`.
-                unsafe { on_portable($($arg),*) }
+                $crate::isa::call!($function $signature $(-> $ret)?, on_portable, $crate::portable::Lanes16)
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx2 => {
-                #[target_feature(enable = "avx2,fma,f16c")]
-                unsafe fn on_avx2($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::avx2::Lanes16<false>>($($arg),*) }
-                }
-                // SAFETY: an `Isa` proves that its features were detected.
-                unsafe { on_avx2($($arg),*) }
+                $crate::isa::call!($function $signature $(-> $ret)?, on_avx2, $crate::avx2::Lanes16<false>, "avx2,fma,f16c")
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx2Intel => {
-                #[target_feature(enable = "avx2,fma,f16c")]
-                unsafe fn on_avx2_intel($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::avx2::Lanes16<true>>($($arg),*) }
-                }
-                // SAFETY: an `Isa` proves that its features were detected.
-                unsafe { on_avx2_intel($($arg),*) }
+                $crate::isa::call!($function $signature $(-> $ret)?, on_avx2_intel, $crate::avx2::Lanes16<true>, "avx2,fma,f16c")
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx512 => {
-                #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-                unsafe fn on_avx512($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::avx512::Lanes16<false>>($($arg),*) }
-                }
-                // SAFETY: an `Isa` proves that its features were detected.
-                unsafe { on_avx512($($arg),*) }
+                $crate::isa::call!(
+                    $function $signature $(-> $ret)?, on_avx512, $crate::avx512::Lanes16<false>, "avx512f,avx2,fma,f16c"
+                )
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx512Intel => {
-                #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-                unsafe fn on_avx512_intel($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::avx512::Lanes16<true>>($($arg),*) }
-                }
-                // SAFETY: an `Isa` proves that its features were detected.
-                unsafe { on_avx512_intel($($arg),*) }
+                $crate::isa::call!(
+                    $function $signature $(-> $ret)?, on_avx512_intel, $crate::avx512::Lanes16<true>, "avx512f,avx2,fma,f16c"
+                )
             }
             #[cfg(target_arch = "aarch64")]
             $crate::isa::Kind::Neon => {
-                #[target_feature(enable = "neon")]
-                unsafe fn on_neon($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::neon::Lanes16<false>>($($arg),*) }
-                }
-                // SAFETY: an `Isa` proves that its features were detected.
-                unsafe { on_neon($($arg),*) }
+                $crate::isa::call!($function $signature $(-> $ret)?, on_neon, $crate::neon::Lanes16<false>, "neon")
             }
             #[cfg(target_arch = "aarch64")]
             $crate::isa::Kind::NeonFhm => {
-                #[target_feature(enable = "neon,fhm")]
-                unsafe fn on_neon_fhm($($arg: $ty),*) $(-> $ret)? {
-                    // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-                    unsafe { $function::<$crate::neon::Lanes16<true>>($($arg),*) }
-                }
-                // SAFETY: an `Isa` proves that its features were detected.
-                unsafe { on_neon_fhm($($arg),*) }
+                $crate::isa::call!($function $signature $(-> $ret)?, on_neon_fhm, $crate::neon::Lanes16<true>, "neon,fhm")
             }
         }
     };
 }
 pub(crate) use dispatch;
+
+/// One arm of [`dispatch!`]: calls `$function::<$lanes>` from a function `$name` that has the features of that vector type.
+macro_rules! call {
+    (
+        $function:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?, $name:ident, $lanes:ty $(, $features:literal)?
+    ) => {{
+        $(#[target_feature(enable = $features)])?
+        unsafe fn $name($($arg: $ty),*) $(-> $ret)? {
+            // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
+            unsafe { $function::<$lanes>($($arg),*) }
+        }
+        // SAFETY: an `Isa` proves that its features were detected; the function's own demands are met by the caller of
+        // `dispatch!`.
+        unsafe { $name($($arg),*) }
+    }};
+}
+pub(crate) use call;
 
 #[cfg(test)]
 mod tests {

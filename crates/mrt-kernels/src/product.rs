@@ -678,7 +678,7 @@ mod tests {
 
     #[test]
     fn swiglu_pairs_panels() {
-        for (rows, k, n) in [(9, 70, 45), (1, 70, 45), (2, 37, 200), (1, 64, 300)] {
+        for (rows, k, n) in [(9, 70, 45), (1, 70, 45), (2, 37, 200), (1, 64, 300), (8, 130, 300)] {
             // gate 0..32, up 32..64, gate 64..96, up 96..128, ...
             let width = 2 * PANEL * panel_count(n);
             let (x, panels, sums) = case(rows, k, width);
