@@ -113,7 +113,7 @@ def fast_lanes(path):
     print("| lane | loop | instructions per k |", " | ".join(CORES), "|")
     print("|---|---|---|" + "---|" * len(CORES))
     rows, failures, found = [], [], set()
-    for function, code in loops(path, r"fp16::(fp16|fhm)_(product|tile)"):
+    for function, code in loops(path, r"fp16_neon::(fp16|fhm)_(product|tile)"):
         lane = re.search(r"(fp16|fhm)_(product|tile)", function)[1]
         fp16 = [m for i in code if (m := re.match(r"fm(?:la|ul)\s+v\d+\.8h, v\d+\.8h, v\d+\.h\[(\d)\]", i))]
         fmlal = [m for i in code if (m := re.match(r"fmlal2?\s+v\d+\.4s, v\d+\.4h, v\d+\.h\[(\d)\]", i))]

@@ -3,7 +3,7 @@
 //!
 //! The activations are rounded to 16 bits, once for all panels, and sums need not be one chain of fused multiply-adds.
 //! For one lane and the same batches the result still depends on nothing else, not on the number of threads either; other
-//! batches may give other bits. `fast-bf16` leaves numbers of rows at which it gains nothing to the exact products, and
+//! batches may give other bits. On x86-64 numbers of rows at which a lane gains nothing are left to the exact products, and
 //! `fast-fhm` computes a lone row otherwise than several. Of the rest a row does not depend on those beside it.
 
 #![cfg_attr(
@@ -50,7 +50,7 @@ impl Numerics {
             Numerics::Fast(lane) => match lane.0 {
                 #[cfg(target_arch = "x86_64")]
                 Lane::Bf16 => 1,
-                #[cfg(target_arch = "aarch64")]
+                #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
                 Lane::Fp16 => 2,
                 #[cfg(target_arch = "aarch64")]
                 Lane::Fhm => 3,
@@ -71,9 +71,9 @@ pub(crate) enum Lane {
     #[cfg(target_arch = "x86_64")]
     Bf16,
     /// `fp16.rs`
-    #[cfg(target_arch = "aarch64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     Fp16,
-    /// `fp16.rs` with FEAT_FHM
+    /// `fp16_neon.rs` with FEAT_FHM
     #[cfg(target_arch = "aarch64")]
     Fhm,
     /// `kleidiai.rs`
@@ -82,20 +82,22 @@ pub(crate) enum Lane {
 }
 
 impl FastLane {
-    /// The lane of this machine that goes with `isa`. None on Intel's processors, where `vdpbf16ps` is half as fast as f32
-    /// multiply-adds: 85 of 174 GFLOP/s on Emerald Rapids.
+    /// The lane of this machine that goes with `isa`. On Intel's processors it is not `fast-bf16`: there `vdpbf16ps` is half as fast
+    /// as f32 multiply-adds, 85 of 174 GFLOP/s on Emerald Rapids, and FP16's are twice as fast.
     pub fn detect(isa: Isa) -> Option<FastLane> {
         match isa.0 {
             #[cfg(target_arch = "x86_64")]
             crate::isa::Kind::Avx512 if crate::bf16::is_detected() => Some(FastLane(Lane::Bf16)),
+            #[cfg(target_arch = "x86_64")]
+            crate::isa::Kind::Avx512Intel if crate::fp16_avx512::is_detected() => Some(FastLane(Lane::Fp16)),
             #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
             crate::isa::Kind::Neon | crate::isa::Kind::NeonFhm if crate::kleidiai::is_detected() => {
                 Some(FastLane(Lane::Kleidiai))
             }
             #[cfg(target_arch = "aarch64")]
-            crate::isa::Kind::Neon if crate::fp16::is_detected() => Some(FastLane(Lane::Fp16)),
+            crate::isa::Kind::Neon if crate::fp16_neon::is_detected() => Some(FastLane(Lane::Fp16)),
             #[cfg(target_arch = "aarch64")]
-            crate::isa::Kind::NeonFhm if crate::fp16::is_detected() => Some(FastLane(Lane::Fhm)),
+            crate::isa::Kind::NeonFhm if crate::fp16_neon::is_detected() => Some(FastLane(Lane::Fhm)),
             _ => None,
         }
     }
@@ -105,7 +107,7 @@ impl FastLane {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => "fast-bf16",
-            #[cfg(target_arch = "aarch64")]
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             Lane::Fp16 => "fast-fp16",
             #[cfg(target_arch = "aarch64")]
             Lane::Fhm => "fast-fhm",
@@ -119,6 +121,8 @@ impl FastLane {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => rows >= crate::bf16::LEAST_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Lane::Fp16 => rows >= crate::fp16_avx512::LEAST_ROWS,
             #[cfg(target_arch = "aarch64")]
             Lane::Fp16 | Lane::Fhm => rows > 0,
             #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
@@ -131,7 +135,7 @@ impl FastLane {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => true,
-            #[cfg(target_arch = "aarch64")]
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             _ => false,
         }
     }
@@ -151,14 +155,14 @@ pub struct FastLhs<'a> {
 /// Rows that a lane may pack together.
 pub const FAST_ROWS: usize = 8;
 
-/// Inputs of a row that share a scale, on Arm.
+/// Inputs of a row that share a scale, in FP16.
 pub(crate) const FAST_BLOCK: usize = 64;
 
-/// Packed elements of a row: `k` made even, since units multiply in pairs; on Arm also a scale for each block of inputs.
+/// Packed elements of a row: `k` numbers and a scale for each block of inputs, both made even, as some units multiply in pairs.
 /// `usize::MAX` if there are more.
 pub(crate) const fn fast_stride(k: usize) -> usize {
-    let scales = if cfg!(target_arch = "aarch64") { k.div_ceil(FAST_BLOCK) } else { 0 };
-    k.div_ceil(2).saturating_mul(2).saturating_add(scales)
+    let scales = k.div_ceil(FAST_BLOCK);
+    k.div_ceil(2).saturating_add(scales.div_ceil(2)).saturating_mul(2)
 }
 
 /// Elements of `rows` packed rows of `k` inputs; `usize::MAX` if there are more.
@@ -194,12 +198,15 @@ pub fn pack_fast_rows(lane: FastLane, lhs: Lhs<'_>, rows: Range<usize>, out: &mu
                 *scale = unsafe { crate::bf16::pack_row(x, out) };
             }
         }
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Lane::Fp16 => unsafe { crate::fp16_avx512::pack_rows(lhs, rows, out, scales) },
         // SAFETY: a `FastLane` proves that its features were detected.
         #[cfg(target_arch = "aarch64")]
-        Lane::Fp16 => unsafe { crate::fp16::pack_rows::<false>(lhs, rows, out, scales) },
+        Lane::Fp16 => unsafe { crate::fp16_neon::pack_rows::<false>(lhs, rows, out, scales) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Lane::Fhm => unsafe { crate::fp16::pack_rows::<true>(lhs, rows, out, scales) },
+        Lane::Fhm => unsafe { crate::fp16_neon::pack_rows::<true>(lhs, rows, out, scales) },
         #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
         Lane::Kleidiai => {
             let out = out.chunks_exact_mut(fast_stride(lhs.k));
@@ -233,11 +240,14 @@ pub fn fast_product(
         #[cfg(target_arch = "x86_64")]
         Lane::Bf16 => unsafe { crate::bf16::product(lhs, rhs, epilogue, y, scratch) },
         // SAFETY: as above.
-        #[cfg(target_arch = "aarch64")]
-        Lane::Fp16 => unsafe { crate::fp16::fp16_product(lhs, rhs, epilogue, y, scratch) },
+        #[cfg(target_arch = "x86_64")]
+        Lane::Fp16 => unsafe { crate::fp16_avx512::product(lhs, rhs, epilogue, y, scratch) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
-        Lane::Fhm => unsafe { crate::fp16::fhm_product(lhs, rhs, epilogue, y, scratch) },
+        Lane::Fp16 => unsafe { crate::fp16_neon::fp16_product(lhs, rhs, epilogue, y, scratch) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "aarch64")]
+        Lane::Fhm => unsafe { crate::fp16_neon::fhm_product(lhs, rhs, epilogue, y, scratch) },
         // SAFETY: as above.
         #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
         Lane::Kleidiai => unsafe { crate::kleidiai::product(lhs, rhs, epilogue, y, scratch) },
@@ -254,7 +264,7 @@ pub fn fast_attention(lane: FastLane, group: KvGroup<'_>, out: &mut Window<'_>, 
             // SAFETY: a `FastLane` proves that its features were detected; `check` is the rest of the contract.
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => unsafe { crate::bf16::attention(group, out, scratch) },
-            #[cfg(target_arch = "aarch64")]
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             _ => unreachable!("no attention on {}", lane.name()),
         }
     }

@@ -27,8 +27,12 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
-#[cfg(target_arch = "aarch64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod fp16;
+#[cfg(target_arch = "x86_64")]
+mod fp16_avx512;
+#[cfg(target_arch = "aarch64")]
+mod fp16_neon;
 #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
 mod kleidiai;
 #[cfg(target_arch = "aarch64")]

@@ -14,14 +14,18 @@ pub fn fma_peak(isa: Isa, iterations: u64) -> u64 {
     dispatch!(isa, chains(iterations: u64) -> u64)
 }
 
-/// The same of a fast lane's unit, whose f32 sums add two products at a time; none where it is not known how to measure it.
+/// The same of a fast lane's unit; none where it is not known how to measure it.
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "no lane's peak is measured there"))]
 pub fn fast_peak(lane: FastLane, iterations: u64) -> Option<u64> {
     #[cfg(target_arch = "x86_64")]
-    if lane.0 == crate::fast::Lane::Bf16 {
-        // SAFETY: a lane is proof of detection.
-        return Some(unsafe { crate::bf16::peak(iterations) });
-    }
+    // SAFETY: a lane is proof of detection.
+    return Some(unsafe {
+        match lane.0 {
+            crate::fast::Lane::Bf16 => crate::bf16::peak(iterations),
+            crate::fast::Lane::Fp16 => crate::fp16_avx512::peak(iterations),
+        }
+    });
+    #[cfg(not(target_arch = "x86_64"))]
     None
 }
 

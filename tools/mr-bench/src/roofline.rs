@@ -78,7 +78,7 @@ pub struct Roofline {
     pub read_gb_s: Rate,
     /// f32 multiply-adds in registers, GFLOP/s, for each instruction set.
     pub fma_gflop_s: Vec<FmaPeak>,
-    /// Dot products of 16-bit numbers in registers, GFLOP/s; none without a fast lane.
+    /// Products of 16-bit numbers and their sums in registers, GFLOP/s; none without a fast lane.
     pub fast_gflop_s: Option<FastPeak>,
 }
 
@@ -87,7 +87,7 @@ pub struct Roofline {
 pub struct FastPeak {
     /// The lane's name, as results are labelled.
     pub numerics: &'static str,
-    /// GFLOP/s, four operations for two products and their sum.
+    /// GFLOP/s, two operations for each product.
     #[serde(flatten)]
     pub rate: Rate,
 }
