@@ -131,7 +131,8 @@ pub(crate) unsafe fn panel_sums<L: Lanes>(
     unsafe { add_to_bias::<L>(panel, scales, sums) };
 }
 
-/// The sums of row `r` of a packed group in f32, where those in FP16 overflowed. These cannot: an activation is at most 2^5 and a weight below 2^16.
+/// The sums of row `r` of a packed group in f32, where those in FP16 overflowed. These cannot: an activation is at most 2^5
+/// and a weight below 2^16.
 ///
 /// # Safety
 /// The machine has `L`'s instruction set; `panel` has `k` rows after the biases.
