@@ -12,9 +12,9 @@ use half::f16;
 pub(crate) use crate::fast::{FAST_BLOCK as BLOCK, FAST_ROWS as ROWS};
 use crate::fast::{FastLhs, fast_stride};
 #[cfg(target_arch = "x86_64")]
-use crate::fp16_avx512::{narrow_8, transpose};
+use crate::fp16_avx512::{interleave, narrow};
 #[cfg(target_arch = "aarch64")]
-use crate::fp16_neon::{narrow_8, transpose};
+use crate::fp16_neon::{interleave, narrow};
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL};
 use crate::product::{Lhs, start_from_bias};
@@ -35,7 +35,7 @@ pub(crate) const GROUP_BLOCK: usize = ROWS * (1 + BLOCK);
 /// those of the rows, then 8 activations for each k, zeros where the group has fewer rows.
 ///
 /// # Safety
-/// The machine has the instructions of `narrow_8` and `transpose`.
+/// The machine has the instructions of `interleave` and `narrow`.
 #[inline(always)]
 pub(crate) unsafe fn pack_groups(lhs: Lhs<'_>, rows: Range<usize>, out: &mut [u16], scales: &mut [f32]) {
     let row = |r: usize| &lhs.x[r * lhs.stride..][..lhs.k];
@@ -61,7 +61,7 @@ pub(crate) unsafe fn pack_groups(lhs: Lhs<'_>, rows: Range<usize>, out: &mut [u1
                 for (r, eight) in eight.iter_mut().enumerate().take(scales.len()) {
                     let x = &row(first + r)[start + 8 * i..end];
                     // SAFETY: the contract above.
-                    *eight = unsafe { narrow_8(&x[..x.len().min(8)], factors[r]) };
+                    *eight = unsafe { narrow_8(x, factors[r]) };
                 }
                 // SAFETY: the contract above.
                 let columns = unsafe { transpose(eight) };
@@ -69,6 +69,34 @@ pub(crate) unsafe fn pack_groups(lhs: Lhs<'_>, rows: Range<usize>, out: &mut [u1
             }
         }
     }
+}
+
+/// The first 8 numbers, or as many as there are and zeros, times `factor` as FP16, rounded to nearest even.
+///
+/// # Safety
+/// The machine has the instructions of `narrow`.
+#[inline(always)]
+pub(crate) unsafe fn narrow_8(x: &[f32], factor: f32) -> [u16; 8] {
+    let mut eight = [0.0; 8];
+    let x = x.first_chunk().unwrap_or_else(|| {
+        eight[..x.len()].copy_from_slice(x);
+        &eight
+    });
+    // SAFETY: the contract above.
+    unsafe { narrow(x, factor) }
+}
+
+/// # Safety
+/// The machine has the instructions of `interleave`.
+#[inline(always)]
+unsafe fn transpose(mut rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
+    // Each round moves one bit of the row's number into that of the column.
+    for _ in 0..3 {
+        // SAFETY: the contract above.
+        let pairs: [_; 4] = std::array::from_fn(|i| unsafe { interleave(&rows[i], &rows[i + 4]) });
+        rows.copy_from_slice(pairs.as_flattened());
+    }
+    rows
 }
 
 /// Elements of a packed group of rows of `k` inputs.

@@ -43,17 +43,12 @@ pub(crate) unsafe fn pack_rows(lhs: Lhs<'_>, rows: Range<usize>, out: &mut [u16]
     unsafe { fp16::pack_groups(lhs, rows, out, scales) }
 }
 
-/// Up to 8 numbers times `factor` as FP16, rounded to nearest even, and zeros.
+/// 8 numbers times `factor` as FP16, rounded to nearest even.
 ///
 /// # Safety
 /// The machine has AVX2 and F16C.
 #[inline(always)]
-pub(crate) unsafe fn narrow_8(x: &[f32], factor: f32) -> [u16; 8] {
-    let mut eight = [0.0; 8];
-    let x = x.first_chunk().unwrap_or_else(|| {
-        eight[..x.len()].copy_from_slice(x);
-        &eight
-    });
+pub(crate) unsafe fn narrow(x: &[f32; 8], factor: f32) -> [u16; 8] {
     let mut out = [0; 8];
     // SAFETY: both arrays have 8 elements.
     unsafe {
@@ -63,26 +58,20 @@ pub(crate) unsafe fn narrow_8(x: &[f32], factor: f32) -> [u16; 8] {
     out
 }
 
+/// Elements of `a` and `b` in turn: of their first halves, and of their second.
+///
 /// # Safety
-/// The machine has AVX2.
+/// The machine has SSE2, as every x86-64 processor.
 #[inline(always)]
-pub(crate) unsafe fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
-    // SAFETY: each row has 8 elements.
-    let mut v = rows.map(|row| unsafe { _mm_loadu_si128(row.as_ptr().cast()) });
-    // Each round moves one bit of the row's number into that of the column.
-    for _ in 0..3 {
-        v = std::array::from_fn(|i| {
-            let (a, b) = (v[i / 2], v[i / 2 + 4]);
-            // SAFETY: the contract above.
-            unsafe { if i % 2 == 0 { _mm_unpacklo_epi16(a, b) } else { _mm_unpackhi_epi16(a, b) } }
-        });
+pub(crate) unsafe fn interleave(a: &[u16; 8], b: &[u16; 8]) -> [[u16; 8]; 2] {
+    let mut out = [[0; 8]; 2];
+    // SAFETY: all arrays have 8 elements.
+    unsafe {
+        let (a, b) = (_mm_loadu_si128(a.as_ptr().cast()), _mm_loadu_si128(b.as_ptr().cast()));
+        _mm_storeu_si128(out[0].as_mut_ptr().cast(), _mm_unpacklo_epi16(a, b));
+        _mm_storeu_si128(out[1].as_mut_ptr().cast(), _mm_unpackhi_epi16(a, b));
     }
-    v.map(|v| {
-        let mut row = [0; 8];
-        // SAFETY: the row has 8 elements.
-        unsafe { _mm_storeu_si128(row.as_mut_ptr().cast(), v) };
-        row
-    })
+    out
 }
 
 /// See [`crate::fast_product`].
@@ -203,8 +192,8 @@ unsafe fn tile<const G: usize, const STEADY: bool>(
     }
 }
 
-/// The sums of `k` products in FP16. A full tile first prefetches the rows `ahead`, counted from `w`: its loop has no load to spare.
-/// Smaller tiles wait for memory, which delivers more when asked for one row of the next block at a time.
+/// The sums of `k` products in FP16. It first prefetches the rows `ahead`, counted from `w`: the loop of a full tile has no load to spare.
+/// Few rows wait for memory, which delivers more where, with `STEADY`, the next block is prefetched row by row.
 ///
 /// # Safety
 /// The machine has AVX512-FP16; each group of `x` has `8 * k` elements, `w` `k` rows.

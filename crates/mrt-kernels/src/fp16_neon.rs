@@ -11,7 +11,7 @@ use std::ops::Range;
 use half::f16;
 
 use crate::fast::FastLhs;
-use crate::fp16::{self, BLOCK, CHAIN, ROWS, exponent, power_of_two};
+use crate::fp16::{self, BLOCK, CHAIN, ROWS, exponent, narrow_8, power_of_two};
 use crate::neon::Lanes16;
 use crate::panel::PANEL;
 use crate::product::{self, Epilogue, Lhs, PanelSums, Rhs};
@@ -53,17 +53,12 @@ pub(crate) unsafe fn pack_rows<const FHM: bool>(
     }
 }
 
-/// Up to 8 numbers times `factor` as FP16, rounded to nearest even, and zeros.
+/// 8 numbers times `factor` as FP16, rounded to nearest even.
 ///
 /// # Safety
 /// The machine has NEON.
-#[target_feature(enable = "neon")]
-pub(crate) unsafe fn narrow_8(x: &[f32], factor: f32) -> [u16; 8] {
-    let mut eight = [0.0; 8];
-    let x = x.first_chunk().unwrap_or_else(|| {
-        eight[..x.len()].copy_from_slice(x);
-        &eight
-    });
+#[inline(always)]
+pub(crate) unsafe fn narrow(x: &[f32; 8], factor: f32) -> [u16; 8] {
     let mut out = [0; 8];
     // SAFETY: both arrays have 8 elements.
     unsafe {
@@ -74,25 +69,20 @@ pub(crate) unsafe fn narrow_8(x: &[f32], factor: f32) -> [u16; 8] {
     out
 }
 
+/// Elements of `a` and `b` in turn: of their first halves, and of their second.
+///
 /// # Safety
 /// The machine has NEON.
-#[target_feature(enable = "neon")]
-pub(crate) unsafe fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
-    // SAFETY: each row has 8 elements.
-    let mut v = rows.map(|row| unsafe { vld1q_u16(row.as_ptr()) });
-    // Each round moves one bit of the row's number into that of the column.
-    for _ in 0..3 {
-        v = std::array::from_fn(|i| {
-            let (a, b) = (v[i / 2], v[i / 2 + 4]);
-            if i % 2 == 0 { vzip1q_u16(a, b) } else { vzip2q_u16(a, b) }
-        });
+#[inline(always)]
+pub(crate) unsafe fn interleave(a: &[u16; 8], b: &[u16; 8]) -> [[u16; 8]; 2] {
+    let mut out = [[0; 8]; 2];
+    // SAFETY: all arrays have 8 elements.
+    unsafe {
+        let (a, b) = (vld1q_u16(a.as_ptr()), vld1q_u16(b.as_ptr()));
+        vst1q_u16(out[0].as_mut_ptr(), vzip1q_u16(a, b));
+        vst1q_u16(out[1].as_mut_ptr(), vzip2q_u16(a, b));
     }
-    v.map(|v| {
-        let mut row = [0; 8];
-        // SAFETY: the row has 8 elements.
-        unsafe { vst1q_u16(row.as_mut_ptr(), v) };
-        row
-    })
+    out
 }
 
 /// See [`crate::fast_product`]; for `Fp16<false>`.
