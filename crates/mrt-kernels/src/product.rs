@@ -434,7 +434,7 @@ unsafe fn add_blocks<L: Lanes>(
         let direct = if near { direct_rows::<L>(rows) } else { 0 };
         if direct == rows {
             let ahead = Ahead::all(panel.wrapping_add(L::PREFETCH_ROWS * PANEL), true);
-            tile_rows::<L, f16, 2>(rows, x, k, panel, ahead, sums);
+            tile_rows::<L, _, 2>(rows, x, k, Ready(panel), ahead, sums);
             return;
         }
         for start in (0..k).step_by(K_BLOCK) {
@@ -444,7 +444,7 @@ unsafe fn add_blocks<L: Lanes>(
             // What comes next, of this panel or the one after it, is fetched from memory meanwhile.
             let mut ahead = Ahead::all(panel.wrapping_add(block * PANEL), near);
             if direct > 0 {
-                tile_rows::<L, f16, 2>(direct, x, block, panel, ahead.part(0, 2), sums);
+                tile_rows::<L, _, 2>(direct, x, block, Ready(panel), ahead.part(0, 2), sums);
                 ahead = ahead.part(1, 2);
             }
             let (rows, x, sums) = (rows - direct, x.skip_rows(direct), sums.skip_rows(direct));
@@ -471,7 +471,58 @@ fn direct_rows<L: Lanes>(rows: usize) -> usize {
     if rows < L::WIDENED_ROWS && lowest < BUSY_ROWS { L::DIRECT_ROWS } else { 0 }
 }
 
-/// Adds the products of all rows of `x` with `16 * G` columns of one block, of which each tile converts FP16, or is read widened.
+/// Where the register tile finds a block of `16 * G` columns.
+trait Columns: Copy {
+    type Element: Element;
+
+    /// Inputs `i` and following.
+    ///
+    /// # Safety
+    /// The machine has `L`'s instruction set; the block has `n` more inputs from there.
+    unsafe fn inputs<L: Lanes, const G: usize>(self, i: usize, n: usize) -> *const Self::Element;
+}
+
+/// Columns as they are.
+#[derive(Clone, Copy)]
+struct Ready<E>(*const E);
+
+impl<E: Element> Columns for Ready<E> {
+    type Element = E;
+
+    #[inline(always)]
+    unsafe fn inputs<L: Lanes, const G: usize>(self, i: usize, _n: usize) -> *const E {
+        // SAFETY: the contract of the trait.
+        unsafe { self.0.add(i * E::stride::<G>()) }
+    }
+}
+
+/// Columns of a panel, which are widened to f32 in `wide` as they are asked for.
+#[derive(Clone, Copy)]
+struct Widening {
+    columns: *const f16,
+    wide: *mut f32,
+}
+
+impl Columns for Widening {
+    type Element = f32;
+
+    #[inline(always)]
+    unsafe fn inputs<L: Lanes, const G: usize>(self, i: usize, n: usize) -> *const f32 {
+        // SAFETY: the contract of the trait; `wide` has room for all of the block.
+        unsafe {
+            for i in i..i + n {
+                for g in 0..G {
+                    L::widen(self.columns.add(i * PANEL + g * LANES))
+                        .store(self.wide.add((i * G + g) * LANES));
+                }
+            }
+            self.wide.add(i * G * LANES)
+        }
+    }
+}
+
+/// Adds the products of all rows of `x` with `16 * G` columns of one block, in tiles of nearly equal height: each converts FP16 for
+/// itself, or all but the first read what was widened.
 ///
 /// # Safety
 /// As [`tile`], for all rows; `wide` has room for `16 * G` numbers for each input.
@@ -485,42 +536,26 @@ unsafe fn add_columns<L: Lanes, const G: usize>(
     ahead: Ahead,
     sums: Sums,
 ) {
-    // SAFETY: the contract above; i < k, g < G.
-    unsafe {
-        if rows < L::WIDENED_ROWS {
-            tiles::<L, f16, G>(rows, x, k, columns, ahead, sums);
-            return;
-        }
-        let wide = wide.as_mut_ptr();
-        for i in 0..k {
-            for g in 0..G {
-                L::widen(columns.add(i * PANEL + g * LANES)).store(wide.add((i * G + g) * LANES));
-            }
-        }
-        tiles::<L, f32, G>(rows, x, k, wide, ahead, sums);
-    }
-}
-
-/// All rows of `x` over one block, in tiles of nearly equal height.
-///
-/// # Safety
-/// As `tile`, for all rows.
-#[inline(always)]
-unsafe fn tiles<L: Lanes, E: Element, const G: usize>(
-    rows: usize,
-    x: Left,
-    k: usize,
-    b: *const E,
-    ahead: Ahead,
-    sums: Sums,
-) {
+    let widening = Widening { columns, wide: wide.as_mut_ptr() };
+    let wide = Ready(widening.wide.cast_const());
+    let widened = rows >= L::WIDENED_ROWS;
     let count = rows.div_ceil(L::TILE_ROWS);
-    for t in 0..count {
-        let (first, end) = (t * rows / count, (t + 1) * rows / count);
-        // SAFETY: first .. end are rows of `x` and of the sums.
-        unsafe {
-            let (x, sums) = (x.skip_rows(first), sums.skip_rows(first));
-            tile_rows::<L, E, G>(end - first, x, k, b, ahead.part(t, count), sums);
+    // SAFETY: the contract above; first .. end are rows of `x` and of the sums.
+    unsafe {
+        if widened && !L::WIDENED_BY_TILE {
+            widening.inputs::<L, G>(0, k);
+        }
+        for t in 0..count {
+            let (first, end) = (t * rows / count, (t + 1) * rows / count);
+            let (height, x, sums) = (end - first, x.skip_rows(first), sums.skip_rows(first));
+            let ahead = ahead.part(t, count);
+            if !widened {
+                tile_rows::<L, _, G>(height, x, k, Ready(columns), ahead, sums);
+            } else if L::WIDENED_BY_TILE && t == 0 {
+                tile_rows::<L, _, G>(height, x, k, widening, ahead, sums);
+            } else {
+                tile_rows::<L, _, G>(height, x, k, wide, ahead, sums);
+            }
         }
     }
 }
@@ -530,11 +565,11 @@ unsafe fn tiles<L: Lanes, E: Element, const G: usize>(
 /// # Safety
 /// As `tile`, for that many rows.
 #[inline(always)]
-unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
+unsafe fn tile_rows<L: Lanes, B: Columns, const G: usize>(
     rows: usize,
     x: Left,
     k: usize,
-    b: *const E,
+    b: B,
     ahead: Ahead,
     sums: Sums,
 ) {
@@ -544,7 +579,7 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
                 // The guard lets the compiler drop the tiles that this instruction set never uses.
                 $($r if $r <= if G == 2 { L::DIRECT_ROWS } else { L::TILE_ROWS } =>
                     // SAFETY: the same contract.
-                    unsafe { tile::<L, E, $r, G>(x, k, b, ahead, sums) },)+
+                    unsafe { tile::<L, B, $r, G>(x, k, b, ahead, sums) },)+
                 _ => unreachable!("a tile of {rows} rows"),
             }
         };
@@ -556,13 +591,13 @@ unsafe fn tile_rows<L: Lanes, E: Element, const G: usize>(
 /// of a panel at `ahead`.
 ///
 /// # Safety
-/// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `b` has `k` rows of `16 * G` elements,
-/// `E::stride::<G>()` apart; `sums` has `R` rows of `16 * G` elements.
+/// The machine has `L`'s instruction set; `x` has `R` rows of `k` elements; `b` has `k` inputs; `sums` has `R` rows of `16 * G`
+/// elements.
 #[inline(always)]
-unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
+unsafe fn tile<L: Lanes, B: Columns, const R: usize, const G: usize>(
     x: Left,
     k: usize,
-    b: *const E,
+    b: B,
     ahead: Ahead,
     sums: Sums,
 ) {
@@ -586,10 +621,10 @@ unsafe fn tile<L: Lanes, E: Element, const R: usize, const G: usize>(
                 wait = ahead.parts;
             }
             wait -= 1;
-            L::tile_steps(&mut acc, x.add(i), x_stride, b.add(i * E::stride::<G>()));
+            L::tile_steps(&mut acc, x.add(i), x_stride, b.inputs::<L, G>(i, L::K_STEP));
         }
         for i in whole..k {
-            L::tile_step(&mut acc, x.add(i), x_stride, b.add(i * E::stride::<G>()));
+            L::tile_step(&mut acc, x.add(i), x_stride, b.inputs::<L, G>(i, 1));
         }
         sums.store(&acc);
     }
