@@ -28,8 +28,8 @@ impl<const INTEL: bool> Lanes for Lanes16<INTEL> {
     /// A loop of its own would wait for the L2 cache to take what it writes: with 32 rows products are 13 % slower so on Emerald Rapids,
     /// with 128 rows 4 %. With AVX2 there it is the other way round, by 3 %.
     const WIDENED_BY_TILE: bool = INTEL;
-    /// Blocks are widened less often, and Emerald Rapids' L2 cache has 2 MiB: prefill of 512 tokens is 7 to 8 % faster with 256 than
-    /// with 64, 3 % than with 128 or 512.
+    /// Blocks are widened less often, and Emerald Rapids' L2 cache has 2 MiB: when a loop of its own widened them, prefill of 512 tokens was
+    /// 7 to 8 % faster with 256 than with 64, 3 % than with 128 or 512.
     const PASS_ROWS: usize = if INTEL { 256 } else { 64 };
     /// On Emerald Rapids one panel at a time gives one row half of the bandwidth, and 5 % less than all of it if lines do not go past
     /// the L2 cache. 8 rows take 1.1 times as long as one; 12 would be a fifth slower so.
