@@ -27,7 +27,7 @@ pub(crate) trait Lanes: Copy {
     const DIRECT_ROWS: usize;
     /// Rows from which a block of a panel is widened to f32 once for all tiles. With fewer, each tile converts FP16 for itself.
     const WIDENED_ROWS: usize;
-    /// Whether the first tile widens it as it goes. If not, that is done before.
+    /// Whether the first tile widens the block as it goes. If not, a loop of its own does before.
     const WIDENED_BY_TILE: bool = false;
     /// Rows that pass over the panels together where a product has more: 1024 inputs of 64 rows are 256 KiB, half of a small L2
     /// cache, and stay there.
