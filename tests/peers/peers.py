@@ -27,6 +27,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -381,7 +382,10 @@ def main():
             command.add_argument("--csv", action="store_true")
             command.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    if args.work is not table:
+    if args.work is table:
+        # Ends quietly when whoever reads it, as `head` does, has read enough.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    else:
         args.bin = os.path.join(os.path.abspath(args.bin), "") if args.bin else ""
     args.work(args)
 
