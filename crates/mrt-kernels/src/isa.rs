@@ -130,37 +130,41 @@ static IS_INTEL: LazyLock<bool> = LazyLock::new(|| {
     name.as_flattened() == b"GenuineIntel"
 });
 
-/// Calls `$function::<L>($arg, ...)`, an `#[inline(always)] unsafe fn` generic over [`crate::lanes::Lanes`] and perhaps a
-/// number, with the vector type of `$isa`, from a function that is compiled for that instruction set.
+/// Calls `$function::<L>($arg, ...)`, an `#[inline(always)] unsafe fn` generic over [`crate::lanes::Lanes`], with
+/// the vector type of `$isa`, from a function that is compiled for that instruction set.
 macro_rules! dispatch {
-    ($isa:expr, $($call:tt)+) => {
+    ($isa:expr, $function:ident $signature:tt $(-> $ret:ty)?) => {
         match $isa.0 {
             $crate::isa::Kind::Portable => {
-                $crate::isa::call!(on_portable, $crate::portable::Lanes16; $($call)+)
+                $crate::isa::call!($function $signature $(-> $ret)?, on_portable, $crate::portable::Lanes16)
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx2 => {
-                $crate::isa::call!(on_avx2, $crate::avx2::Lanes16<false>, "avx2,fma,f16c"; $($call)+)
+                $crate::isa::call!($function $signature $(-> $ret)?, on_avx2, $crate::avx2::Lanes16<false>, "avx2,fma,f16c")
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx2Intel => {
-                $crate::isa::call!(on_avx2_intel, $crate::avx2::Lanes16<true>, "avx2,fma,f16c"; $($call)+)
+                $crate::isa::call!($function $signature $(-> $ret)?, on_avx2_intel, $crate::avx2::Lanes16<true>, "avx2,fma,f16c")
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx512 => {
-                $crate::isa::call!(on_avx512, $crate::avx512::Lanes16<false>, "avx512f,avx2,fma,f16c"; $($call)+)
+                $crate::isa::call!(
+                    $function $signature $(-> $ret)?, on_avx512, $crate::avx512::Lanes16<false>, "avx512f,avx2,fma,f16c"
+                )
             }
             #[cfg(target_arch = "x86_64")]
             $crate::isa::Kind::Avx512Intel => {
-                $crate::isa::call!(on_avx512_intel, $crate::avx512::Lanes16<true>, "avx512f,avx2,fma,f16c"; $($call)+)
+                $crate::isa::call!(
+                    $function $signature $(-> $ret)?, on_avx512_intel, $crate::avx512::Lanes16<true>, "avx512f,avx2,fma,f16c"
+                )
             }
             #[cfg(target_arch = "aarch64")]
             $crate::isa::Kind::Neon => {
-                $crate::isa::call!(on_neon, $crate::neon::Lanes16<false>, "neon"; $($call)+)
+                $crate::isa::call!($function $signature $(-> $ret)?, on_neon, $crate::neon::Lanes16<false>, "neon")
             }
             #[cfg(target_arch = "aarch64")]
             $crate::isa::Kind::NeonFhm => {
-                $crate::isa::call!(on_neon_fhm, $crate::neon::Lanes16<true>, "neon,fhm"; $($call)+)
+                $crate::isa::call!($function $signature $(-> $ret)?, on_neon_fhm, $crate::neon::Lanes16<true>, "neon,fhm")
             }
         }
     };
@@ -168,17 +172,14 @@ macro_rules! dispatch {
 pub(crate) use dispatch;
 
 /// One arm of [`dispatch!`]: calls `$function::<$lanes>` from a function `$name` that has the features of that vector type.
-/// It is not inlined: the time that compilers take grows faster than a function's size.
 macro_rules! call {
     (
-        $name:ident, $lanes:ty $(, $features:literal)?;
-        $function:ident $(::<$n:literal>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?
+        $function:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?, $name:ident, $lanes:ty $(, $features:literal)?
     ) => {{
         $(#[target_feature(enable = $features)])?
-        #[inline(never)]
         unsafe fn $name($($arg: $ty),*) $(-> $ret)? {
             // SAFETY: this function has the features of the vector type; the rest is the caller's promise.
-            unsafe { $function::<$lanes $(, $n)?>($($arg),*) }
+            unsafe { $function::<$lanes>($($arg),*) }
         }
         // SAFETY: an `Isa` proves that its features were detected; the function's own demands are met by the caller of
         // `dispatch!`.

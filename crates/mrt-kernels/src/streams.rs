@@ -48,30 +48,24 @@ pub(crate) unsafe fn streamed_product<L: Lanes>(
     for j in 0..run {
         // The last runs may be shorter.
         let streams = (outputs - j).div_ceil(run);
-        // The contract above is that of `panel_sums`: the last of its panels belongs to output j + (streams - 1) * run < outputs.
-        for (i, sums) in [&mut *sums, &mut *up].into_iter().take(panels_per_output).enumerate() {
-            let panels = &rhs.panels[(j * panels_per_output + i) * rhs.stride..];
-            // A function for each number of streams: with all in one, this crate takes 1.4 times as long to compile.
-            macro_rules! panel_sums {
-                ($($s:literal)+) => {
-                    match streams {
-                        $($s => dispatch!(
-                            Isa(L::KIND),
-                            panel_sums::<$s>(lhs: Lhs<'_>, panels: &[f16], apart: usize, sums: &mut [f32])
-                        ),)+
-                        _ => unreachable!("{streams} streams"),
-                    }
-                };
+        // SAFETY: the contract above; the last of the panels belongs to output j + (streams - 1) * run < outputs.
+        unsafe {
+            for (i, sums) in [&mut *sums, &mut *up].into_iter().take(panels_per_output).enumerate() {
+                let panels = &rhs.panels[(j * panels_per_output + i) * rhs.stride..];
+                match streams {
+                    1 => panel_sums::<L, 1>(lhs, panels, apart, sums),
+                    2 => panel_sums::<L, 2>(lhs, panels, apart, sums),
+                    3 => panel_sums::<L, 3>(lhs, panels, apart, sums),
+                    _ => panel_sums::<L, STREAMS>(lhs, panels, apart, sums),
+                }
             }
-            panel_sums!(1 2 3 4);
-        }
-        for s in 0..streams {
-            let start = (j + s * run) * PANEL;
-            let columns = PANEL.min(y.columns() - start);
-            for r in 0..lhs.rows {
-                let (at, row) = ((s * lhs.rows + r) * PANEL, &mut y.row(r)[start..start + columns]);
-                // SAFETY: the contract above; a row of sums has 32 elements.
-                unsafe { finish::<L>(&mut sums[at..][..PANEL], &up[at..][..PANEL], epilogue, row) };
+            for s in 0..streams {
+                let start = (j + s * run) * PANEL;
+                let columns = PANEL.min(y.columns() - start);
+                for r in 0..lhs.rows {
+                    let (at, row) = ((s * lhs.rows + r) * PANEL, &mut y.row(r)[start..start + columns]);
+                    finish::<L>(&mut sums[at..][..PANEL], &up[at..][..PANEL], epilogue, row);
+                }
             }
         }
     }
