@@ -19,9 +19,12 @@ fn expected_lane() -> Option<Option<&'static str>> {
     }
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
     let has = |word: &str| cpu.split_whitespace().any(|found| found == word);
-    let (name, flag) =
-        if has("GenuineIntel") { ("fast-fp16", "avx512_fp16") } else { ("fast-bf16", "avx512_bf16") };
-    Some(has(flag).then_some(name))
+    let lanes: &[_] = if has("GenuineIntel") {
+        &[("fast-amx", "amx_bf16"), ("fast-fp16", "avx512_fp16")]
+    } else {
+        &[("fast-bf16", "avx512_bf16")]
+    };
+    Some(lanes.iter().find(|(_, flag)| has(flag)).map(|(name, _)| *name))
 }
 
 #[test]

@@ -42,10 +42,15 @@ const fn row_stride(positions: usize) -> usize {
     panel_count(positions).saturating_mul(PANEL).saturating_add(LANES)
 }
 
+/// Elements of room for a row of queries in a lane's format: 32 numbers of 16 bits, or as often as many.
+const fn room_stride(head_dim: usize) -> usize {
+    head_dim.div_ceil(LANES).saturating_mul(LANES)
+}
+
 /// Elements of scratch that [`attention`] needs for that many rows (tokens times heads of the group) of `head_dim`, and
 /// `positions` that the last token sees.
 pub const fn attention_scratch_len(rows: usize, head_dim: usize, positions: usize) -> usize {
-    let row = row_stride(positions).saturating_add(PANEL + 1).saturating_add(head_dim);
+    let row = row_stride(positions).saturating_add(PANEL + 1).saturating_add(room_stride(head_dim));
     rows.saturating_mul(row).saturating_add(K_BLOCK * LANES)
 }
 
@@ -89,7 +94,8 @@ pub(crate) trait AttentionProducts {
     /// Rows of a left-hand side.
     type Rows: Copy;
 
-    /// Rows of `k` queries, one after the other. They may be made in `room`, which is as long as they are.
+    /// Rows of `k` queries, one after the other. They may be made in `room`, which has 16 elements for
+    /// each 16 of a row, or fewer.
     ///
     /// # Safety
     /// The machine has the instruction set. The rows are used no longer than both slices live and nothing writes to `room`.
@@ -153,7 +159,7 @@ pub(crate) unsafe fn attend<L: Lanes, P: AttentionProducts>(
     let (rows, positions) = (out.rows() * heads, seen + out.rows() - 1);
     let (wide, scratch) = scratch.split_at_mut(K_BLOCK * LANES);
     let (sums, scratch) = scratch.split_at_mut(rows * PANEL);
-    let (room, scratch) = scratch.split_at_mut(rows * head_dim);
+    let (room, scratch) = scratch.split_at_mut(rows * room_stride(head_dim));
     let stride = row_stride(positions);
     let (scores, scratch) = scratch.split_at_mut(rows * stride);
     let factors = &mut scratch[..rows];
@@ -323,7 +329,7 @@ mod tests {
 
     /// Lanes that have attention of their own.
     fn lanes() -> impl Iterator<Item = FastLane> {
-        Isa::variants().filter_map(FastLane::detect).filter(|lane| lane.attends())
+        Isa::variants().flat_map(FastLane::supported).filter(|lane| lane.attends())
     }
 
     #[test]

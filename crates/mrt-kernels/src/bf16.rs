@@ -32,7 +32,7 @@ pub(crate) fn is_detected() -> bool {
     is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")
 }
 
-/// Rounds a row to BF16, nearest even, and fills it up with zero to an even length. Nothing is scaled: BF16 has f32's range.
+/// Rounds a row to BF16, nearest even, and fills `out` up with zeros. Nothing is scaled: BF16 has f32's range.
 ///
 /// # Safety
 /// The machine has AVX512-BF16.
@@ -46,7 +46,7 @@ pub(crate) unsafe fn pack_row(x: &[f32], out: &mut [u16]) -> f32 {
             _mm256_storeu_si256(out.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(narrow));
         }
     }
-    let rest = x_rest.iter().map(|&x| bf16::from_f32(x).to_bits()).chain([0]);
+    let rest = x_rest.iter().map(|&x| bf16::from_f32(x).to_bits()).chain(std::iter::repeat(0));
     out[x16.len() * LANES..].iter_mut().zip(rest).for_each(|(out, x)| *out = x);
     1.0
 }
@@ -111,18 +111,8 @@ impl AttentionProducts for Bf16Attention {
 
     #[inline(always)]
     unsafe fn weights(weights: &mut [f32], stride: usize) -> Rows {
-        for row in weights.chunks_exact_mut(stride) {
-            let from = row.as_mut_ptr();
-            let to = from.cast::<__m256i>();
-            for i in 0..stride / LANES {
-                // SAFETY: 16 elements of the row are read; what is written begins at 32 * i of its bytes, before what is
-                // still to be read, at 64 * (i + 1).
-                unsafe {
-                    let narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(from.add(i * LANES)));
-                    _mm256_storeu_si256(to.add(i), std::mem::transmute::<__m256bh, __m256i>(narrow));
-                }
-            }
-        }
+        // SAFETY: the same contract.
+        unsafe { narrow_in_place(weights, stride) };
         Rows { x: weights.as_ptr().cast(), stride: 2 * stride }
     }
 
@@ -130,6 +120,39 @@ impl AttentionProducts for Bf16Attention {
     unsafe fn add(rows: usize, x: Rows, k: usize, panel: *const f16, wide: &mut [f32], sums: Sums) {
         // SAFETY: the contract of the trait; a block of attention is shorter than `wide`.
         unsafe { add_products::<{ attention::BLOCK }>(rows, x, k, panel, wide, sums) }
+    }
+}
+
+/// Rounds rows of f32, `stride` apart, each to the first half of its place.
+///
+/// # Safety
+/// The machine has AVX512-BF16; `stride` is a multiple of 16.
+#[inline(always)]
+pub(crate) unsafe fn narrow_in_place(rows: &mut [f32], stride: usize) {
+    for row in rows.chunks_exact_mut(stride) {
+        let from = row.as_mut_ptr();
+        let to = from.cast::<__m256i>();
+        for i in 0..stride / LANES {
+            // SAFETY: 16 elements of the row are read; what is written begins at 32 * i of its bytes, before what is
+            // still to be read, at 64 * (i + 1).
+            unsafe {
+                let narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(from.add(i * LANES)));
+                _mm256_storeu_si256(to.add(i), std::mem::transmute::<__m256bh, __m256i>(narrow));
+            }
+        }
+    }
+}
+
+/// Rounds 32 numbers.
+///
+/// # Safety
+/// The machine has AVX512-BF16; both have 32 elements.
+#[inline(always)]
+pub(crate) unsafe fn narrow_32(x: *const f32, out: *mut u16) {
+    // SAFETY: the contract above; both types are 512 bits.
+    unsafe {
+        let narrow = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x.add(LANES)), _mm512_loadu_ps(x));
+        _mm512_storeu_si512(out.cast(), std::mem::transmute::<__m512bh, __m512i>(narrow));
     }
 }
 
@@ -161,7 +184,7 @@ unsafe fn add_products<const BLOCK: usize>(
         // SAFETY: the contract above: start + block <= k; half as many rows of 32 pairs, 4 bytes each, fit into `wide`; rows
         // first .. end are rows of `x` and of the sums.
         unsafe {
-            pair_up(panel.add(start * PANEL), block, pairs);
+            pair_up(panel.add(start * PANEL), block, block, pairs);
             let ahead = panel.wrapping_add((start + block) * PANEL);
             for t in 0..tiles {
                 let (first, end) = (t * rows / tiles, (t + 1) * rows / tiles);
@@ -199,13 +222,26 @@ pub(crate) unsafe fn peak(iterations: u64) -> u64 {
     iterations * (CHAINS * LANES * 4) as u64
 }
 
-/// Converts `block` rows of a panel to BF16, two at a time: element n of a row of pairs is (w[k][n], w[k + 1][n]).
+/// Converts `rows` rows of a panel to BF16, two at a time, and zeros after them up to `end` rows: element n of a row of pairs is
+/// (w[k][n], w[k + 1][n]).
 ///
 /// # Safety
-/// The machine has AVX512-BF16; `panel` has `block` rows, `pairs` room for half as many, rounded up, of two vectors.
+/// The machine has AVX512-BF16; `panel` has `rows` rows, `pairs` room for half of `end`, rounded up, of two vectors.
 #[inline(always)]
-unsafe fn pair_up(panel: *const f16, block: usize, pairs: *mut __m512i) {
-    // SAFETY: the contract above; i < block.
+pub(crate) unsafe fn pair_up(panel: *const f16, rows: usize, end: usize, pairs: *mut __m512i) {
+    for i in (0..end).step_by(2) {
+        // SAFETY: the contract above.
+        unsafe { pair(panel.wrapping_add(i * PANEL), rows.saturating_sub(i), pairs.add(i)) };
+    }
+}
+
+/// Makes one row of pairs of two rows, of which there may be fewer: zeros stand for the others.
+///
+/// # Safety
+/// The machine has AVX512-BF16; `row` has as many rows, `pairs` room for two vectors.
+#[inline(always)]
+pub(crate) unsafe fn pair(row: *const f16, rows: usize, pairs: *mut __m512i) {
+    // SAFETY: the contract above.
     unsafe {
         // Lane n of the result takes element n of the first half, then of the second.
         let order = _mm512_add_epi16(
@@ -215,18 +251,13 @@ unsafe fn pair_up(panel: *const f16, block: usize, pairs: *mut __m512i) {
                 _mm512_set1_epi32(0x1_0001),
             ),
         );
-        for i in (0..block).step_by(2) {
-            for g in 0..2 {
-                let row = panel.add(i * PANEL + g * LANES);
-                let first = _mm512_cvtph_ps(_mm256_loadu_si256(row.cast()));
-                let second = if i + 1 < block {
-                    _mm512_cvtph_ps(_mm256_loadu_si256(row.add(PANEL).cast()))
-                } else {
-                    _mm512_setzero_ps()
-                };
-                let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
-                _mm512_storeu_si512(pairs.add(i + g), _mm512_permutexvar_epi16(order, both));
+        for g in 0..2 {
+            let mut wide = [_mm512_setzero_ps(); 2];
+            for (r, wide) in wide.iter_mut().enumerate().take(rows) {
+                *wide = _mm512_cvtph_ps(_mm256_loadu_si256(row.add(r * PANEL + g * LANES).cast()));
             }
+            let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(wide[1], wide[0]));
+            _mm512_storeu_si512(pairs.add(g), _mm512_permutexvar_epi16(order, both));
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The fast lane: products on units that multiply 16-bit numbers, at the price of the numerics contract: with weights, and on
-//! `fast-bf16` with the KV cache. Opt-in, never the default.
+//! `fast-bf16` and `fast-amx` with the KV cache. Opt-in, never the default.
 //!
 //! The activations are rounded to 16 bits, once for all panels, and sums need not be one chain of fused multiply-adds.
 //! For one lane and the same batches the result still depends on nothing else, not on the number of threads either; other
@@ -14,7 +14,7 @@
 use std::ops::Range;
 
 use crate::attention::{self, KvGroup};
-use crate::isa::Isa;
+use crate::isa::{Isa, Kind};
 use crate::product::{Epilogue, Lhs, Rhs, check_product};
 use crate::window::{Window, span};
 
@@ -43,7 +43,7 @@ impl Numerics {
     }
 
     /// A number for files that hold what was computed so: 0 exact, 1 `fast-bf16`, 2 `fast-fp16`, 3 `fast-fhm`,
-    /// 4 `fast-kleidiai`. Numbers are never used again.
+    /// 4 `fast-kleidiai`, 5 `fast-amx`. Numbers are never used again.
     pub fn id(self) -> u32 {
         match self {
             Numerics::Exact => 0,
@@ -56,6 +56,8 @@ impl Numerics {
                 Lane::Fhm => 3,
                 #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
                 Lane::Kleidiai => 4,
+                #[cfg(target_arch = "x86_64")]
+                Lane::Amx => 5,
             },
         }
     }
@@ -70,6 +72,9 @@ pub(crate) enum Lane {
     /// `bf16.rs`
     #[cfg(target_arch = "x86_64")]
     Bf16,
+    /// `amx.rs`
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// `fp16.rs`
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     Fp16,
@@ -81,32 +86,61 @@ pub(crate) enum Lane {
     Kleidiai,
 }
 
-impl FastLane {
-    /// The lane of this machine that goes with `isa`. On Intel's processors it is not `fast-bf16`: there `vdpbf16ps` is half as fast
-    /// as f32 multiply-adds, 85 of 174 GFLOP/s on Emerald Rapids, and FP16's are twice as fast.
-    pub fn detect(isa: Isa) -> Option<FastLane> {
-        match isa.0 {
+impl Lane {
+    fn is_detected(self) -> bool {
+        match self {
             #[cfg(target_arch = "x86_64")]
-            crate::isa::Kind::Avx512 if crate::bf16::is_detected() => Some(FastLane(Lane::Bf16)),
+            Lane::Bf16 => crate::bf16::is_detected(),
             #[cfg(target_arch = "x86_64")]
-            crate::isa::Kind::Avx512Intel if crate::fp16_avx512::is_detected() => Some(FastLane(Lane::Fp16)),
+            Lane::Amx => crate::amx::is_detected(),
+            #[cfg(target_arch = "x86_64")]
+            Lane::Fp16 => crate::fp16_avx512::is_detected(),
+            #[cfg(target_arch = "aarch64")]
+            Lane::Fp16 | Lane::Fhm => crate::fp16_neon::is_detected(),
             #[cfg(all(target_arch = "aarch64", feature = "kleidiai"))]
-            crate::isa::Kind::Neon | crate::isa::Kind::NeonFhm if crate::kleidiai::is_detected() => {
-                Some(FastLane(Lane::Kleidiai))
-            }
-            #[cfg(target_arch = "aarch64")]
-            crate::isa::Kind::Neon if crate::fp16_neon::is_detected() => Some(FastLane(Lane::Fp16)),
-            #[cfg(target_arch = "aarch64")]
-            crate::isa::Kind::NeonFhm if crate::fp16_neon::is_detected() => Some(FastLane(Lane::Fhm)),
-            _ => None,
+            Lane::Kleidiai => crate::kleidiai::is_detected(),
         }
     }
+}
 
-    /// `fast-bf16`, `fast-fp16`, `fast-fhm` or `fast-kleidiai`
+impl FastLane {
+    /// The fastest lane of this machine that goes with `isa`.
+    pub fn detect(isa: Isa) -> Option<FastLane> {
+        FastLane::supported(isa).last()
+    }
+
+    /// Every lane of this machine that goes with `isa`, slowest first. On Intel's processors `fast-bf16` is none: there `vdpbf16ps` is
+    /// half as fast as f32 multiply-adds, 85 of 174 GFLOP/s on Emerald Rapids, FP16's are twice as fast, and AMX 13 times.
+    pub fn supported(isa: Isa) -> impl Iterator<Item = FastLane> {
+        let lanes: &[Lane] = match isa.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => &[Lane::Bf16],
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Intel => &[Lane::Fp16, Lane::Amx],
+            #[cfg(target_arch = "aarch64")]
+            Kind::Neon => &[
+                Lane::Fp16,
+                #[cfg(feature = "kleidiai")]
+                Lane::Kleidiai,
+            ],
+            #[cfg(target_arch = "aarch64")]
+            Kind::NeonFhm => &[
+                Lane::Fhm,
+                #[cfg(feature = "kleidiai")]
+                Lane::Kleidiai,
+            ],
+            _ => &[],
+        };
+        lanes.iter().copied().filter(|lane| lane.is_detected()).map(FastLane)
+    }
+
+    /// `fast-bf16`, `fast-fp16`, `fast-amx`, `fast-fhm` or `fast-kleidiai`
     pub fn name(self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => "fast-bf16",
+            #[cfg(target_arch = "x86_64")]
+            Lane::Amx => "fast-amx",
             #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             Lane::Fp16 => "fast-fp16",
             #[cfg(target_arch = "aarch64")]
@@ -122,6 +156,8 @@ impl FastLane {
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => rows >= crate::bf16::LEAST_ROWS,
             #[cfg(target_arch = "x86_64")]
+            Lane::Amx => rows >= crate::amx::LEAST_ROWS,
+            #[cfg(target_arch = "x86_64")]
             Lane::Fp16 => rows >= crate::fp16_avx512::LEAST_ROWS,
             #[cfg(target_arch = "aarch64")]
             Lane::Fp16 | Lane::Fhm => rows > 0,
@@ -130,13 +166,35 @@ impl FastLane {
         }
     }
 
+    /// Panels that a thread's part of a product has at least, where there are as many for each thread.
+    pub fn least_panels(self) -> usize {
+        match self.0 {
+            // As many as it works on at a time.
+            #[cfg(target_arch = "x86_64")]
+            Lane::Amx => crate::product::SUMS - 1,
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            _ => 1,
+        }
+    }
+
     /// Whether the lane has attention of its own.
     pub fn attends(self) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Lane::Bf16 => true,
+            Lane::Bf16 | Lane::Amx => true,
             #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             _ => false,
+        }
+    }
+
+    /// The most rows of attention that are worth passing over keys and values together; 0 if no more than of exact ones.
+    pub fn attention_rows(self) -> usize {
+        match self.0 {
+            // Seven tiles, or 16 tokens of seven heads. Keys and values are made pairs once for all.
+            #[cfg(target_arch = "x86_64")]
+            Lane::Amx => 112,
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            _ => 0,
         }
     }
 }
@@ -153,16 +211,21 @@ pub struct FastLhs<'a> {
 }
 
 /// Rows that a lane may pack together.
-pub const FAST_ROWS: usize = 8;
+pub const FAST_ROWS: usize = 16;
 
 /// Inputs of a row that share a scale, in FP16.
 pub(crate) const FAST_BLOCK: usize = 64;
 
-/// Packed elements of a row: `k` numbers and a scale for each block of inputs, both made even, as some units multiply in pairs.
-/// `usize::MAX` if there are more.
+/// Inputs that a tile of AMX takes at once.
+pub(crate) const FAST_STEP: usize = 32;
+
+/// Packed elements of a row: `k` numbers and a scale for each block of inputs, both made even, as some units multiply in pairs, or
+/// whole steps where that is more. `usize::MAX` if there are more.
 pub(crate) const fn fast_stride(k: usize) -> usize {
     let scales = k.div_ceil(FAST_BLOCK);
-    k.div_ceil(2).saturating_add(scales.div_ceil(2)).saturating_mul(2)
+    let scaled = k.div_ceil(2).saturating_add(scales.div_ceil(2)).saturating_mul(2);
+    let steps = k.div_ceil(FAST_STEP).saturating_mul(FAST_STEP);
+    if scaled > steps { scaled } else { steps }
 }
 
 /// Elements of `rows` packed rows of `k` inputs; `usize::MAX` if there are more.
@@ -198,6 +261,9 @@ pub fn pack_fast_rows(lane: FastLane, lhs: Lhs<'_>, rows: Range<usize>, out: &mu
                 *scale = unsafe { crate::bf16::pack_row(x, out) };
             }
         }
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Lane::Amx => unsafe { crate::amx::pack_rows(lhs, rows, out, scales) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Lane::Fp16 => unsafe { crate::fp16_avx512::pack_rows(lhs, rows, out, scales) },
@@ -241,6 +307,9 @@ pub fn fast_product(
         Lane::Bf16 => unsafe { crate::bf16::product(lhs, rhs, epilogue, y, scratch) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
+        Lane::Amx => unsafe { crate::amx_product::product(lhs, rhs, epilogue, y, scratch) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
         Lane::Fp16 => unsafe { crate::fp16_avx512::product(lhs, rhs, epilogue, y, scratch) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
@@ -264,6 +333,9 @@ pub fn fast_attention(lane: FastLane, group: KvGroup<'_>, out: &mut Window<'_>, 
             // SAFETY: a `FastLane` proves that its features were detected; `check` is the rest of the contract.
             #[cfg(target_arch = "x86_64")]
             Lane::Bf16 => unsafe { crate::bf16::attention(group, out, scratch) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Lane::Amx => unsafe { crate::amx::attention(group, out, scratch) },
             #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             _ => unreachable!("no attention on {}", lane.name()),
         }
@@ -285,7 +357,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn lanes() -> impl Iterator<Item = FastLane> {
-        Isa::variants().filter_map(FastLane::detect)
+        Isa::variants().flat_map(FastLane::supported)
     }
 
     /// A lane's own product of the first `rows` rows of `x`.
@@ -340,7 +412,7 @@ pub(crate) mod tests {
                     .for_each(|(w, x)| *w = f16::from_f32(x));
                 let got = run(lane, &x, rows, k, &panels, n);
                 let unit = match lane.name() {
-                    "fast-bf16" | "fast-kleidiai" => 2f64.powi(-7),
+                    "fast-bf16" | "fast-amx" | "fast-kleidiai" => 2f64.powi(-7),
                     _ if adds_in_fp16(lane, rows) => 34.0 * 2f64.powi(-11),
                     _ => 2f64.powi(-11),
                 };
@@ -383,6 +455,24 @@ pub(crate) mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_packed_in_parts_are_those_packed_at_once() {
+        let rows = 2 * FAST_ROWS + 5;
+        for (lane, k) in lanes().flat_map(|lane| [1, 31, 70, 896, 4864].map(|k| (lane, k))) {
+            let x = noise(3, rows * k, 3.0);
+            let lhs = Lhs { x: &x, rows, stride: k, k };
+            let pack = |part: usize| {
+                let (mut packed, mut scales) = (vec![0; fast_len(rows, k)], vec![0.0; rows]);
+                let parts = packed.chunks_mut(fast_len(part, k)).zip(scales.chunks_mut(part));
+                for (first, (packed, scales)) in (0..).step_by(part).zip(parts) {
+                    pack_fast_rows(lane, lhs, first..first + scales.len(), packed, scales);
+                }
+                (packed, scales)
+            };
+            assert!(pack(FAST_ROWS) == pack(3 * FAST_ROWS), "{} {k}", lane.name());
         }
     }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use half::f16;
 
-pub(crate) use crate::fast::{FAST_BLOCK as BLOCK, FAST_ROWS as ROWS};
+pub(crate) use crate::fast::FAST_BLOCK as BLOCK;
 use crate::fast::{FastLhs, fast_stride};
 #[cfg(target_arch = "x86_64")]
 use crate::fp16_avx512::{interleave, narrow};
@@ -18,6 +18,9 @@ use crate::fp16_neon::{interleave, narrow};
 use crate::lanes::Lanes;
 use crate::panel::{LANES, PANEL};
 use crate::product::{Lhs, start_from_bias};
+
+/// Rows that are packed together.
+pub(crate) const ROWS: usize = 8;
 
 /// Inputs whose products are added up one by one in FP16. A block is two such chains, whose sums are added up in FP16
 /// before they are added to f32 sums. That is as accurate as adding each to f32, to 3 %, and halves the stores, which take

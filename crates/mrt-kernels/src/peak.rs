@@ -22,6 +22,7 @@ pub fn fast_peak(lane: FastLane, iterations: u64) -> Option<u64> {
     return Some(unsafe {
         match lane.0 {
             crate::fast::Lane::Bf16 => crate::bf16::peak(iterations),
+            crate::fast::Lane::Amx => crate::amx::peak(iterations),
             crate::fast::Lane::Fp16 => crate::fp16_avx512::peak(iterations),
         }
     });
@@ -123,7 +124,7 @@ mod tests {
             let round = fma_peak(isa, 1);
             assert!(round == 6 * 16 * 2 || round == 12 * 16 * 2);
             assert_eq!(fma_peak(isa, 1000), 1000 * round);
-            if let Some(lane) = FastLane::detect(isa) {
+            for lane in FastLane::supported(isa) {
                 assert_eq!(fast_peak(lane, 1000), fast_peak(lane, 1).map(|round| 1000 * round));
             }
         }

@@ -100,9 +100,12 @@ unsafe fn pass_rows_of<L: Lanes>() -> usize {
     L::PASS_ROWS
 }
 
+/// Panels that scratch has sums for: two make an output of SwiGLU, a fast lane works on several at a time.
+pub(crate) const SUMS: usize = 8;
+
 /// Elements of scratch that [`panel_product`] needs for that many rows.
 pub const fn product_scratch_len(rows: usize) -> usize {
-    rows.saturating_mul(2 * PANEL).saturating_add(K_BLOCK * PANEL)
+    rows.saturating_mul(SUMS * PANEL).saturating_add(K_BLOCK * PANEL)
 }
 
 /// `y[r][n] = epilogue(bias[n] + sum over k of x[r][k] w[k][n])` for all rows of `lhs` and all columns of `y`.
@@ -217,21 +220,29 @@ pub(crate) unsafe fn product<L: Lanes>(
 /// The machine has `L`'s instruction set; `sums` and, for SwiGLU, `up` hold 32 elements.
 #[inline(always)]
 pub(crate) unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: &mut [f32]) {
-    match epilogue {
-        Epilogue::Store => y.copy_from_slice(&sums[..y.len()]),
-        Epilogue::Add => {
-            for (y, sum) in y.iter_mut().zip(sums) {
-                *y += *sum;
-            }
+    // SAFETY: there are two vectors of each; the instruction set is the caller's promise.
+    unsafe {
+        let at = |i: usize| i * LANES;
+        let load = |x: *const f32| [0, 1].map(|i| L::load(x.add(at(i))));
+        let mut row = load(sums.as_ptr());
+        if epilogue == Epilogue::SwiGlu {
+            let up = load(up.as_ptr());
+            row = [swiglu(row[0], up[0]), swiglu(row[1], up[1])];
         }
-        Epilogue::SwiGlu => {
-            let (gate, _) = sums.as_chunks_mut::<LANES>();
-            for (gate, up) in gate.iter_mut().zip(up.as_chunks::<LANES>().0) {
-                // SAFETY: both chunks hold 16 elements; the instruction set is `dispatch!`'s promise.
-                unsafe { swiglu(L::load(gate.as_ptr()), L::load(up.as_ptr())).store(gate.as_mut_ptr()) };
+        if let Some(y) = y.as_mut_array::<PANEL>() {
+            if epilogue == Epilogue::Add {
+                let old = load(y.as_ptr());
+                row = [old[0].add(row[0]), old[1].add(row[1])];
             }
-            y.copy_from_slice(&sums[..y.len()]);
+            row[0].store(y.as_mut_ptr());
+            row[1].store(y.as_mut_ptr().add(LANES));
+            return;
         }
+        row[0].store(sums.as_mut_ptr());
+        row[1].store(sums.as_mut_ptr().add(LANES));
+    }
+    for (y, sum) in y.iter_mut().zip(sums) {
+        *y = if epilogue == Epilogue::Add { *y + *sum } else { *sum };
     }
 }
 

@@ -79,7 +79,11 @@ pub(crate) fn linear(
         Some(_) => lhs.rows,
         None => lhs.rows.div_ceil(lhs.rows.div_ceil(mrt_kernels::pass_rows(products.isa))),
     };
-    let least = if lhs.rows <= mrt_kernels::streamed_rows(products.isa) { STREAMED_PANELS } else { 1 };
+    let least = match lane {
+        Some(lane) => lane.least_panels(),
+        None if lhs.rows <= mrt_kernels::streamed_rows(products.isa) => STREAMED_PANELS,
+        None => 1,
+    };
     let panels_of_part = panels_of_part(panel_count(out.columns()), least, rows, pool.threads());
     let blocks = Blocks::new(out, rows, panels_of_part * PANEL);
     let across = blocks.across();
@@ -119,7 +123,7 @@ fn pack<'a>(
     scales: &'a mut [f32],
     pool: &mut Pool,
 ) -> FastLhs<'a> {
-    let rows = 2 * FAST_ROWS;
+    let rows = FAST_ROWS;
     let packed = &mut packed[..fast_len(lhs.rows, lhs.k)];
     let scales = &mut scales[..lhs.rows];
     let split = (Chunks::new(packed, fast_len(rows, lhs.k)), Chunks::new(scales, rows));
@@ -155,22 +159,22 @@ impl Heads {
     }
 
     /// Tokens, and query heads of a group, that share one pass over keys and values: as many as leave work for `threads`
-    /// threads. Only of a single token are they fewer heads than the group has.
-    fn tile(&self, threads: usize) -> (usize, usize) {
+    /// threads, of at most so many rows. Only of a single token are they fewer heads than the group has.
+    fn tile(&self, threads: usize, rows: usize) -> (usize, usize) {
         let groups = self.kv.heads * self.tokens;
-        let tokens = (groups / threads).clamp(1, tile_tokens(self.group));
+        let tokens = (groups / threads).clamp(1, tile_tokens(self.group, rows));
         let parts = (threads / groups).clamp(1, self.group);
         (tokens, self.group.div_ceil(parts))
     }
 }
 
-fn tile_tokens(group: usize) -> usize {
-    (ATTENTION_ROWS / group).max(1)
+fn tile_tokens(group: usize, rows: usize) -> usize {
+    (rows / group).max(1)
 }
 
 /// Elements of scratch that a worker needs for [`attention`].
 pub(crate) fn attention_scratch_len(kv: &KvShape, group: usize, batch: usize) -> usize {
-    let rows = tile_tokens(group).min(batch) * group;
+    let rows = tile_tokens(group, ATTENTION_ROWS).min(batch) * group;
     mrt_kernels::attention_scratch_len(rows, kv.head_dim, kv.context)
 }
 
@@ -229,7 +233,13 @@ pub(crate) fn attention(
     let Heads { kv, group, tokens, start } = heads;
     let lane = products.lane(tokens).filter(|lane| lane.attends());
     let (d, group_width) = (kv.head_dim, group * kv.head_dim);
-    let (tile, part_heads) = heads.tile(pool.threads());
+    // More rows where the lane wants them, as far as there is room: what they need grows with the positions.
+    let room = |&rows: &usize| {
+        mrt_kernels::attention_scratch_len(rows.max(group), d, start + tokens) <= products.worker_len
+    };
+    let most = lane.map_or(0, FastLane::attention_rows);
+    let rows = (ATTENTION_ROWS..=most).rev().find(room).unwrap_or(ATTENTION_ROWS);
+    let (tile, part_heads) = heads.tile(pool.threads(), rows);
     // Where parts may be smaller than a group, each group is a row, so that no part has heads of two.
     let (rows, width) =
         if tile == 1 { (tokens * kv.heads, group_width) } else { (tokens, kv.heads * group_width) };
