@@ -147,7 +147,8 @@ typedef struct mruntime_info {
     // Threads of the pool that the model's sessions share.
     uint32_t threads;
     // What numerics 1 of a session means on this machine: 0 the same as 0, for there is nothing faster; otherwise the
-    // number of a fast lane: 1 BF16 products, 2 FP16, 3 FP16 with FMLAL for one row, 4 KleidiAI's in FP16.
+    // number of a fast lane: 1 BF16 products, 2 FP16, 3 FP16 with FMLAL for one row, 4 KleidiAI's in FP16, 5 BF16
+    // products of AMX.
     uint32_t fast_numerics;
     // 0
     uint32_t reserved;

@@ -107,7 +107,8 @@ pub struct mruntime_info {
     /// Threads of the pool that the model's sessions share.
     pub threads: u32,
     /// What numerics 1 of a session means on this machine: 0 the same as 0, for there is nothing faster; otherwise the
-    /// number of a fast lane: 1 BF16 products, 2 FP16, 3 FP16 with FMLAL for one row, 4 KleidiAI's in FP16.
+    /// number of a fast lane: 1 BF16 products, 2 FP16, 3 FP16 with FMLAL for one row, 4 KleidiAI's in FP16, 5 BF16
+    /// products of AMX.
     pub fast_numerics: u32,
     /// 0
     pub reserved: u32,
