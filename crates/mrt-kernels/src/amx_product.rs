@@ -50,13 +50,13 @@ pub(crate) unsafe fn product(
     unsafe {
         let _tiles = Tiles::new();
         let mut next = Some(Block::default());
-        vectors.begin_pairs(Block::default(), lhs.k, buffers[0]);
+        vectors.begin_pairs(Block::default(), buffers[0]);
         vectors.pair(usize::MAX);
         for i in 0.. {
             let Some(block) = next else { break };
             next = order.after(block);
             if let Some(next) = next {
-                vectors.begin_pairs(next, lhs.k, buffers[(i + 1) % 2]);
+                vectors.begin_pairs(next, buffers[(i + 1) % 2]);
             }
             let start = match block.number {
                 0 => Start::bias(&rhs.panels[block.panel * rhs.stride..]),
@@ -89,8 +89,8 @@ struct Order {
     panels: usize,
     /// Panels of 32 columns of the result.
     per_output: usize,
-    /// Steps of all inputs.
-    steps: usize,
+    /// Inputs.
+    k: usize,
     /// Steps of a block; the last may have fewer.
     block_steps: usize,
     /// Blocks of a panel.
@@ -105,12 +105,12 @@ struct Order {
 
 impl Order {
     fn new(lhs: &FastLhs<'_>, outputs: usize, epilogue: Epilogue) -> Self {
-        let (rows, per_output) = (lhs.scales.len(), epilogue.panels_per_output());
+        let (rows, k, per_output) = (lhs.scales.len(), lhs.k, epilogue.panels_per_output());
         let panels = outputs * per_output;
-        let steps = lhs.k.div_ceil(STEP);
+        let steps = k.div_ceil(STEP);
         let blocks = steps.div_ceil(BLOCK_STEPS).max(1);
         let block_steps = steps.div_ceil(blocks);
-        let near = rows.saturating_mul(lhs.k) <= NEAR_BYTES / size_of::<u16>();
+        let near = rows.saturating_mul(k) <= NEAR_BYTES / size_of::<u16>();
         let most = if near { per_output } else { SUMS - per_output };
         let group = panels.div_ceil(panels.div_ceil(most)).next_multiple_of(per_output);
         let steps_of_rows = (rows.div_ceil(2 * TILE_ROWS) * block_steps).max(1);
@@ -119,7 +119,7 @@ impl Order {
             rows,
             panels,
             per_output,
-            steps,
+            k,
             block_steps,
             blocks,
             group,
@@ -141,7 +141,7 @@ impl Order {
     }
 
     fn steps_of(&self, block: Block) -> usize {
-        self.block_steps.min(self.steps - block.number * self.block_steps)
+        self.block_steps.min(self.k.div_ceil(STEP) - block.number * self.block_steps)
     }
 }
 
@@ -204,11 +204,11 @@ impl Vectors<'_, '_, '_> {
         self.rhs.panels[block.panel * self.rhs.stride + row * PANEL..].as_ptr()
     }
 
-    /// From now on `pair` makes pairs of `block`, which has so many inputs and those after it, at `to`.
-    fn begin_pairs(&mut self, block: Block, k: usize, to: *mut __m512i) {
+    /// From now on `pair` makes pairs of `block`, at `to`.
+    fn begin_pairs(&mut self, block: Block, to: *mut __m512i) {
         self.pairing = Pairing {
             from: self.weights_of(block),
-            rows: k - block.number * self.order.block_steps * STEP,
+            rows: self.order.k - block.number * self.order.block_steps * STEP,
             ahead: self.weights_of(self.order.after(block).unwrap_or(block)),
             to,
             done: 0,
@@ -219,7 +219,7 @@ impl Vectors<'_, '_, '_> {
     /// Makes up to `count` more rows of pairs.
     ///
     /// # Safety
-    /// The machine has AVX512-BF16. What [`begin_pairs`](Self::begin_pairs) was told is there.
+    /// The machine has AVX512-BF16; the last [`begin_pairs`](Self::begin_pairs) was told of room for the block.
     #[inline(always)]
     unsafe fn pair(&mut self, count: usize) {
         let Pairing { from, rows, ahead, to, done, end } = self.pairing;

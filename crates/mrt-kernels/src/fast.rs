@@ -72,7 +72,7 @@ pub(crate) enum Lane {
     /// `bf16.rs`
     #[cfg(target_arch = "x86_64")]
     Bf16,
-    /// `amx.rs`
+    /// `amx.rs`, `amx_product.rs`
     #[cfg(target_arch = "x86_64")]
     Amx,
     /// `fp16.rs`

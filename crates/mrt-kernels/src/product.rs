@@ -220,29 +220,48 @@ pub(crate) unsafe fn product<L: Lanes>(
 /// The machine has `L`'s instruction set; `sums` and, for SwiGLU, `up` hold 32 elements.
 #[inline(always)]
 pub(crate) unsafe fn finish<L: Lanes>(sums: &mut [f32], up: &[f32], epilogue: Epilogue, y: &mut [f32]) {
-    // SAFETY: there are two vectors of each; the instruction set is the caller's promise.
+    // SAFETY: each has two vectors; the instruction set is the caller's promise.
     unsafe {
-        let at = |i: usize| i * LANES;
-        let load = |x: *const f32| [0, 1].map(|i| L::load(x.add(at(i))));
-        let mut row = load(sums.as_ptr());
+        let mut row = load_row::<L>(sums.as_ptr());
         if epilogue == Epilogue::SwiGlu {
-            let up = load(up.as_ptr());
+            let up = load_row::<L>(up.as_ptr());
             row = [swiglu(row[0], up[0]), swiglu(row[1], up[1])];
         }
         if let Some(y) = y.as_mut_array::<PANEL>() {
             if epilogue == Epilogue::Add {
-                let old = load(y.as_ptr());
+                let old = load_row::<L>(y.as_ptr());
                 row = [old[0].add(row[0]), old[1].add(row[1])];
             }
-            row[0].store(y.as_mut_ptr());
-            row[1].store(y.as_mut_ptr().add(LANES));
+            store_row(row, y.as_mut_ptr());
             return;
         }
-        row[0].store(sums.as_mut_ptr());
-        row[1].store(sums.as_mut_ptr().add(LANES));
+        store_row(row, sums.as_mut_ptr());
     }
     for (y, sum) in y.iter_mut().zip(sums) {
         *y = if epilogue == Epilogue::Add { *y + *sum } else { *sum };
+    }
+}
+
+/// 32 numbers.
+///
+/// # Safety
+/// The machine has `L`'s instruction set; as many can be read.
+#[inline(always)]
+unsafe fn load_row<L: Lanes>(x: *const f32) -> [L; 2] {
+    // SAFETY: the contract above.
+    unsafe { [L::load(x), L::load(x.add(LANES))] }
+}
+
+/// Writes 32 numbers.
+///
+/// # Safety
+/// There is room for as many.
+#[inline(always)]
+unsafe fn store_row<L: Lanes>(row: [L; 2], x: *mut f32) {
+    // SAFETY: the contract above; the values prove the instruction set.
+    unsafe {
+        row[0].store(x);
+        row[1].store(x.add(LANES));
     }
 }
 
@@ -256,8 +275,7 @@ pub(crate) unsafe fn start_from_bias<L: Lanes>(panel: &[f16], sums: &mut [f32]) 
     unsafe {
         let bias = [L::widen(panel.as_ptr()), L::widen(panel.as_ptr().add(LANES))];
         for row in sums.as_chunks_mut::<PANEL>().0 {
-            bias[0].store(row.as_mut_ptr());
-            bias[1].store(row.as_mut_ptr().add(LANES));
+            store_row(bias, row.as_mut_ptr());
         }
     }
 }
